@@ -1,0 +1,318 @@
+"""Log-probabilities and entropies of tokens, without the logits in memory.
+
+B sequences, T tokens, C tokens of one chunk, D model, V vocabulary, S batch shards.
+
+Of all arrays in the training of a language model the logits `[B, T, V]` are the
+largest, and a loss needs two numbers of each row. `token_logprobs` goes from hidden
+states straight to the numbers, a chunk of tokens at a time, and makes the logits of a
+chunk again in the backward pass.
+
+The time axis is cut, never the batch: the batch is what a mesh shards, and a loop over
+a sharded axis would move every chunk between devices.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.losses._checks import (
+    boolean,
+    check_range,
+    check_rank,
+    check_shape,
+    float32,
+)
+
+
+class _Options(NamedTuple):
+    """The hyper-parameters of a distribution over tokens; hashable, so static."""
+
+    temperature: float
+    logit_softcap: float | None
+    label_smoothing: float
+    num_chunks: int | None = None
+    batch_shards: int = 1
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    temperature: float,
+    chunk_size: int | None,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    batch_shards: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token, and the entropy it was drawn with.
+
+    zᵥ = cap(h·Wᵥ) / τ,   cap(x) = s·tanh(x/s)
+    log p(y) = z_y − log Σᵥ exp zᵥ,   H = −Σᵥ pᵥ log pᵥ
+
+    `hidden[:, t]` must predict `targets[:, t]`: the shift by one is the caller's.
+
+    The product is taken in the dtype of `hidden` with float32 accumulation, and the
+    softmax in float32. Gradients flow to `hidden` and `unembedding` from both results,
+    the entropy too; that of the unembedding is summed over chunks in float32.
+
+    Args:
+      hidden: float [B, T, D], after the final norm.
+      unembedding: float [V, D], the embedding's orientation.
+      targets: int [B, T]; any integer where masked. A real target outside [0, V) gives
+        a log-probability of nan.
+      mask: bool [B, T], True = a real token; None when all are real. Masked slots may
+        hold anything, and pass no gradient on.
+      temperature: τ, a Python number above 0. Use the sampler's.
+      chunk_size: tokens of each sequence in one chunk; logits of B·chunk_size rows
+        exist at a time, in the forward and in the backward pass, which computes them
+        again. None: all at once, kept for the backward pass.
+      logit_softcap: s, a Python number (Gemma 2); None for no cap.
+      label_smoothing: ε. Above 0 the first result is Σᵥ qᵥ log pᵥ, with
+        q = (1−ε)·onehot(y) + ε/V, for cross-entropy with smoothed labels.
+      batch_shards: over how many devices B is sharded, when in chunks on a mesh. Each
+        then sums its own gradient of the unembedding over all chunks, and they add up
+        once in the end; with 1 they add up at every chunk. Divides B.
+
+    Returns:
+      (logprobs, entropy), both float32 [B, T] in nats; zero in masked slots.
+
+    Raises:
+      ValueError: a shape does not fit, targets are not integers, or a
+        hyper-parameter is out of range.
+
+    References:
+      Label smoothing: Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567
+      Soft-capping: Gemma 2, section 2, https://arxiv.org/abs/2408.00118
+      Logits by chunk: Wijmans et al. 2024, https://arxiv.org/abs/2411.09009
+    """
+    check_rank("B T D", hidden=hidden)
+    check_rank("V D", unembedding=unembedding)
+    B, T, D = hidden.shape
+    V = unembedding.shape[0]
+    check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
+    _check_targets(targets, mask, (B, T), "the [B, T] of hidden")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more, or None.")
+    if batch_shards < 1 or B % batch_shards:
+        raise ValueError(f"batch_shards is {batch_shards}, expected a divisor of {B}.")
+    num_chunks = None if chunk_size is None else max(1, -(-T // chunk_size))
+    options = _make_options(temperature, logit_softcap, label_smoothing)
+    options = options._replace(num_chunks=num_chunks, batch_shards=batch_shards)
+
+    if mask is not None:
+        mask = boolean(mask)
+        hidden = jnp.where(mask[..., None], hidden, jnp.zeros_like(hidden))
+    targets = jnp.asarray(targets).astype(jnp.int32)
+    logprobs, entropy = _token_logprobs(options, hidden, unembedding, targets)
+    return _finish(logprobs, entropy, targets, mask, V)
+
+
+def logprobs_from_logits(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    temperature: float,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token and the entropy, from logits.
+
+    zᵥ = cap(lᵥ) / τ,   cap(x) = s·tanh(x/s)
+    log p(y) = z_y − log Σᵥ exp zᵥ,   H = −Σᵥ pᵥ log pᵥ
+
+    A logit of −inf (a token that cannot be drawn) adds nothing to the entropy.
+
+    Args:
+      logits: float [B, T, V].
+      targets: int [B, T]; any integer where masked. A real target outside [0, V) gives
+        a log-probability of nan.
+      mask: bool [B, T], True = a real token; None when all are real. Masked slots may
+        hold anything, and pass no gradient on.
+      temperature: τ, a Python number above 0. Use the sampler's.
+      logit_softcap: s, for logits that are not capped yet; None for no cap.
+      label_smoothing: ε, as in `token_logprobs`.
+
+    Returns:
+      (logprobs, entropy), both float32 [B, T] in nats; zero in masked slots.
+
+    Raises:
+      ValueError: a shape does not fit, targets are not integers, or a
+        hyper-parameter is out of range.
+
+    References:
+      As `token_logprobs`.
+    """
+    check_rank("B T V", logits=logits)
+    _check_targets(targets, mask, logits.shape[:2], "the [B, T] of logits")
+    options = _make_options(temperature, logit_softcap, label_smoothing)
+    logits = float32(logits)
+    if mask is not None:
+        mask = boolean(mask)
+        logits = jnp.where(mask[..., None], logits, 0.0)
+    targets = jnp.asarray(targets).astype(jnp.int32)
+    z = _cap_and_scale(logits, options)
+    logprobs, entropy, _ = _statistics(z, targets, options)
+    return _finish(logprobs, entropy, targets, mask, logits.shape[-1])
+
+
+def _check_targets(targets, mask, expected, source):
+    check_shape("targets", targets, expected, source)
+    if not jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
+        raise ValueError(
+            f"targets has dtype {jnp.asarray(targets).dtype}, expected an integer."
+        )
+    if mask is not None:
+        check_shape("mask", mask, expected, source)
+
+
+def _make_options(temperature, logit_softcap, label_smoothing):
+    smallest = float(np.finfo(np.float32).tiny)
+    temperature, label_smoothing = float(temperature), float(label_smoothing)
+    check_range("temperature", temperature, smallest, float("inf"))
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    if logit_softcap is not None:
+        logit_softcap = float(logit_softcap)
+        check_range("logit_softcap", logit_softcap, smallest, float("inf"))
+    return _Options(temperature, logit_softcap, label_smoothing)
+
+
+def _finish(logprobs, entropy, targets, mask, V):
+    # A label of -100 that no mask covers must not pass for a log-probability.
+    logprobs = jnp.where((targets >= 0) & (targets < V), logprobs, jnp.nan)
+    if mask is None:
+        return logprobs, entropy
+    return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
+
+
+def _unembed(hidden, unembedding):
+    return jnp.einsum(
+        "btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32
+    )
+
+
+def _cap_and_scale(logits, options):
+    if options.logit_softcap is not None:
+        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
+    return logits / options.temperature
+
+
+def _target_weights(targets, V, options):
+    """One-hot rows by comparison: fused into the sum, and local on a sharded V."""
+    vocabulary = jnp.arange(V, dtype=jnp.int32)[None, None, :]
+    epsilon = options.label_smoothing
+    onehot = targets[..., None] == vocabulary
+    return jnp.where(onehot, 1.0 - epsilon, 0.0) + epsilon / V
+
+
+def _statistics(logits, targets, options):
+    """Log-probabilities, entropies and log-normalisers of float32 [B, T, V]."""
+    largest = jax.lax.stop_gradient(logits.max(-1))
+    shifted = logits - largest[..., None]
+    weights = jnp.exp(shifted)
+    total = weights.sum(-1)
+    q = _target_weights(targets, logits.shape[-1], options)
+    # 0·(−inf) is nan: what cannot be drawn adds nothing.
+    target = jnp.where(q > 0, q * jnp.where(q > 0, shifted, 0.0), 0.0).sum(-1)
+    average = (weights * jnp.where(weights > 0, shifted, 0.0)).sum(-1) / total
+    log_total = jnp.log(total)
+    return target - log_total, log_total - average, largest + log_total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(options, hidden, unembedding, targets):
+    return _forward(options, hidden, unembedding, targets)[0]
+
+
+def _forward(options, hidden, unembedding, targets):
+    keep_logits = options.num_chunks is None
+    cast = unembedding.astype(hidden.dtype)
+
+    def chunk(_, inputs):
+        h, y = inputs
+        logits = _unembed(h, cast)
+        statistics = _statistics(_cap_and_scale(logits, options), y, options)
+        return None, (*statistics, logits if keep_logits else None)
+
+    inputs = _split(hidden, options), _split(targets, options)
+    _, (logprobs, entropy, normalizer, logits) = jax.lax.scan(chunk, None, inputs)
+    T = targets.shape[1]
+    results = _join(logprobs, T), _join(entropy, T)
+    return results, (hidden, unembedding, targets, entropy, normalizer, logits)
+
+
+def _backward(options, residuals, cotangents):
+    """Both gradients from one pass over the logits.
+
+    ∂log p(y)/∂zᵥ = qᵥ − pᵥ,   ∂H/∂zᵥ = −pᵥ (log pᵥ + H)
+    """
+    hidden, unembedding, targets, entropy, normalizer, kept_logits = residuals
+    cast = unembedding.astype(hidden.dtype)
+
+    S = options.batch_shards
+
+    def by_shard(x):
+        return x.reshape(S, x.shape[0] // S, *x.shape[1:])
+
+    def chunk(unembedding_grad, inputs):
+        h, y, H, normalizer, logits, g_logprob, g_entropy = inputs
+        if logits is None:
+            logits = _unembed(h, cast)
+        z = _cap_and_scale(logits, options)
+        logp = z - normalizer[..., None]
+        p = jnp.exp(logp)
+        q = _target_weights(y, z.shape[-1], options)
+        g = g_logprob[..., None] * (q - p) - g_entropy[..., None] * p * (
+            logp + H[..., None]
+        )
+        if options.logit_softcap is not None:
+            tanh = z * (options.temperature / options.logit_softcap)
+            g = g * (1.0 - jnp.square(tanh))
+        # The products run in the dtype of the forward ones: float32 x bfloat16 would
+        # be widened to float32, at a fraction of an accelerator's speed.
+        g = (g / options.temperature).astype(h.dtype)
+        h_grad = jnp.einsum("btv,vd->btd", g, cast, preferred_element_type=jnp.float32)
+        unembedding_grad += jnp.einsum(
+            "sbtv,sbtd->svd",
+            by_shard(g),
+            by_shard(h),
+            preferred_element_type=jnp.float32,
+        )
+        return unembedding_grad, h_grad.astype(h.dtype)
+
+    inputs = (
+        *(_split(x, options) for x in (hidden, targets)),
+        entropy,
+        normalizer,
+        kept_logits,
+        *(_split(x, options) for x in cotangents),
+    )
+    unembedding_grad, hidden_grad = jax.lax.scan(
+        chunk, jnp.zeros((S, *unembedding.shape), jnp.float32), inputs
+    )
+    unembedding_grad = unembedding_grad.sum(0)
+    T = targets.shape[1]
+    return _join(hidden_grad, T), unembedding_grad.astype(unembedding.dtype), None
+
+
+_token_logprobs.defvjp(_forward, _backward)
+
+
+def _split(x, options):
+    """[B, T, ...] -> [N, B, C, ...], with zeros appended where C does not divide T."""
+    N = options.num_chunks or 1
+    B, T = x.shape[:2]
+    C = -(-T // N)
+    x = jnp.pad(x, [(0, 0), (0, N * C - T)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
+
+
+def _join(x, T):
+    """[N, B, C, ...] -> [B, T, ...]: the inverse of `_split`."""
+    N, B, C = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(B, N * C, *x.shape[3:])[:, :T]

@@ -1,0 +1,123 @@
+"""What holds for every kernel, as assertions that a kernel's test calls."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+FILLS = (np.nan, np.inf, -np.inf, 1e30)
+
+
+def random_mask(rng, B, T):
+    """Left gaps, holes, right padding; the last row has no real token if B > 1."""
+    mask = rng.random((B, T)) < 0.7
+    mask[0, 0] = True
+    if B > 1:
+        mask[-1] = False
+    return mask
+
+
+def results_and_gradients(function):
+    """Jitted: all results, and the gradient of a random sum of the float ones."""
+
+    def combination(arrays, mask):
+        leaves = jax.tree.leaves(function(*arrays, mask))
+        rng = np.random.default_rng(1)
+        total = jnp.float32(0.0)
+        for x in leaves:
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                total += (jnp.asarray(rng.normal(size=x.shape), x.dtype) * x).sum()
+        return total, leaves
+
+    @jax.jit
+    def both(arrays, mask):
+        gradients, leaves = jax.grad(combination, has_aux=True)(arrays, mask)
+        return leaves, gradients
+
+    return both
+
+
+def assert_padding_is_irrelevant(function, arrays, mask):
+    """Filling masked slots changes no bit of result or gradient, and none is nan."""
+
+    compiled = results_and_gradients(function)
+
+    def filled(fill):
+        filled = [np.where(mask, x, fill).astype(np.float32) for x in arrays]
+        return compiled(filled, mask)
+
+    clean_results, clean_gradients = filled(0.0)
+    for x in clean_results + clean_gradients:
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+    for gradient in clean_gradients:
+        assert not np.asarray(gradient)[~mask].any()
+    for fill in FILLS:
+        results, gradients = filled(fill)
+        for got, expected in zip(
+            results + gradients, clean_results + clean_gradients, strict=True
+        ):
+            np.testing.assert_array_equal(got, expected, err_msg=f"filled with {fill}")
+
+
+def assert_batch_order_is_irrelevant(function, arrays, mask):
+    """Permuting the rows permutes the rows of every per-token result."""
+    order = np.random.default_rng(2).permutation(len(mask))
+    compiled = jax.jit(function)
+    plain = jax.tree.leaves(compiled(*arrays, mask))
+    permuted = jax.tree.leaves(compiled(*(x[order] for x in arrays), mask[order]))
+    for got, expected in zip(permuted, plain, strict=True):
+        np.testing.assert_allclose(got, np.asarray(expected)[order], rtol=1e-6)
+
+
+def assert_microbatches_sum_to_the_whole(function, arrays, mask):
+    """Row by row, the results are those of the whole batch, so their sums add up."""
+    compiled = jax.jit(function)
+    whole = jax.tree.leaves(compiled(*arrays, mask))
+    rows = [
+        jax.tree.leaves(compiled(*(x[[i]] for x in arrays), mask[[i]]))
+        for i in range(len(mask))
+    ]
+    for i, expected in enumerate(whole):
+        np.testing.assert_allclose(
+            sum(np.asarray(row[i], np.float64).sum() for row in rows),
+            np.asarray(expected, np.float64).sum(),
+            rtol=1e-6,
+        )
+
+
+def assert_jit_equals_eager(function, *arrays):
+    """Both give the same numbers but for round-off, in the same dtypes."""
+    arrays = [jnp.asarray(x) for x in arrays]
+    eager = jax.tree.leaves(function(*arrays))
+    jitted = jax.tree.leaves(jax.jit(function)(*arrays))
+    for got, expected in zip(jitted, eager, strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
+
+
+def assert_bfloat16_gives_float32(function, arrays, *others):
+    """Float results are float32 from bfloat16, and equal those of rounded float32."""
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    singles = [np.asarray(x, np.float32) for x in halves]
+    compiled = jax.jit(function)
+    low = jax.tree.leaves(compiled(*halves, *others))
+    high = jax.tree.leaves(compiled(*singles, *others))
+    for got, expected in zip(low, high, strict=True):
+        assert got.dtype in (jnp.float32, jnp.bool_)
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def assert_wrong_shapes_raise(function, arrays, names):
+    """Each array in turn gets one more column: the message names it and its shape.
+
+    The first array sets the expectation, so another is named when it is the odd one.
+    """
+    for i, name in enumerate(names):
+        wrong = list(arrays)
+        wrong[i] = np.concatenate([wrong[i], wrong[i][..., :1]], axis=-1)
+        culprit = name if i else names[1]
+        expected = np.shape(wrong[0])
+        with pytest.raises(ValueError, match=f"{culprit} has shape") as error:
+            function(*wrong)
+        assert str(np.shape(wrong[i])) in str(error.value)
+        assert str(expected) in str(error.value)

@@ -1,0 +1,327 @@
+"""The parts of a transformer block, as flax.linen modules on one layer's weights.
+
+Dimensions: B sequences, T tokens of this call, S tokens attended to, D model width,
+H query heads, K key-value heads, G = H/K query heads that share one, h head width.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from rlhf_jax.models.config import TransformerConfig
+
+# Finite, so that a row with nothing to attend to (padding) averages instead of
+# turning into nan.
+MASKED_SCORE = -1e30
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+class Context(NamedTuple):
+    """What attention needs to know about the places of the tokens.
+
+    Attributes:
+        cos: [B, T, R/2] float32, R the rotated channels of a head; None without rope.
+        sin: [B, T, R/2] float32; None without rope.
+        allowed: [B, T, S] bool, whether query t may look at key s.
+    """
+
+    cos: jax.Array | None
+    sin: jax.Array | None
+    allowed: jax.Array
+
+
+def rotary_frequencies(config: TransformerConfig, *, local: bool) -> jax.Array:
+    """θ^(-2i/R) for each rotated pair i, stretched as the configuration says.
+
+    Args:
+        config: the model's shape.
+        local: whether the layer is a sliding-window one with a base of its own.
+
+    Returns:
+        [R/2] float32, radians per position.
+
+    References:
+        RoFormer, section 3.2.2, https://arxiv.org/abs/2104.09864; the llama3 stretch
+        is the one of Llama 3.1's released code.
+    """
+    R = config.rotary_dim
+    theta = config.rope_local_theta if local else config.rope_theta
+    frequencies = theta ** (-jnp.arange(0, R, 2, dtype=jnp.float32) / R)
+    scaling = None if local else config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first R channels of each head; pair i is channels i and i + R/2.
+
+    Args:
+        x: [B, T, heads, h].
+        cos: [B, T, R/2] float32.
+        sin: [B, T, R/2] float32.
+
+    Returns:
+        [B, T, heads, h] in x's dtype.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first = x[..., :half].astype(jnp.float32)
+    second = x[..., half : 2 * half].astype(jnp.float32)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    rotated = [part.astype(x.dtype) for part in rotated]
+    return jnp.concatenate([*rotated, x[..., 2 * half :]], axis=-1)
+
+
+def dot(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
+    """x @ kernel in x's dtype with float32 accumulation.
+
+    Args:
+        x: [..., in].
+        kernel: [in, out], or [out, in] with axis 1; float32 master weights or already
+            in x's dtype.
+        axis: the kernel's `in` axis.
+
+    Returns:
+        [..., out] float32.
+    """
+    if x.dtype == jnp.float32:
+        return _dot(x, kernel, axis)
+    return _dot_low_precision(x, kernel, axis)
+
+
+def _contract(x, y, x_axes, y_axes):
+    return lax.dot_general(
+        x, y, ((x_axes, y_axes), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _dot(x, kernel, axis):
+    return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,))
+
+
+# JAX's own transpose of a bfloat16 dot with a float32 result runs the backward dots
+# with one float32 operand. Here both operands are bfloat16 and the weight's gradient
+# reaches the float32 master without being rounded on the way. Every product is written
+# in the order of its result: XLA's CPU backend cannot run some bfloat16 dots that are
+# transposed afterwards.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot_low_precision(x, kernel, axis):
+    return _dot(x, kernel, axis)
+
+
+def _dot_forward(x, kernel, axis):
+    return _dot(x, kernel, axis), (x, kernel)
+
+
+def _dot_backward(axis, saved, gradient):
+    x, kernel = saved
+    gradient = gradient.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    x_gradient = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1 - axis,))
+    pair = (x, gradient) if axis == 0 else (gradient, x)
+    kernel_gradient = _contract(*pair, rows, rows)
+    return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)
+
+
+_dot_low_precision.defvjp(_dot_forward, _dot_backward)
+
+
+def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeat a vector over all axes of `like` but the last, in float32."""
+    vector = vector.astype(jnp.float32)
+    return lax.broadcast_in_dim(vector, like.shape, (like.ndim - 1,))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero entries with probability `rate` and scale up the rest; no key, no change."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias, over the last axis."""
+
+    features: int
+    use_bias: bool
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x):
+        """[..., in] -> [..., features] in x's dtype."""
+        shape = (x.shape[-1], self.features)
+        y = dot(x, self.param("kernel", nn.initializers.normal(self.init_std), shape))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + _along_last(bias, y)
+        return y.astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """RMS norm or layer norm over the last axis, computed in float32."""
+
+    kind: str
+    eps: float
+    unit_offset: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """[..., D] -> [..., D] in x's dtype."""
+        start = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * _along_last(scale + 1 if self.unit_offset else scale, y)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            y = y + _along_last(bias, y)
+        return y.astype(x.dtype)
+
+
+def attend(query, key, value, allowed, *, scale, softcap):
+    """softmax(mask(cap(scale · q·k))) v, for grouped query heads.
+
+    Args:
+        query: [B, K, G, T, h].
+        key: [B, K, S, h].
+        value: [B, K, S, h].
+        allowed: [B, T, S] bool.
+        scale: factor on the scores.
+        softcap: c in c·tanh(score/c), or None.
+
+    Returns:
+        [B, K, G, T, h] in the query's dtype; the softmax is in float32.
+    """
+    scores = scale * jnp.einsum(
+        "bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32
+    )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum(
+        "bkgts,bksh->bkgth", weights, value, preferred_element_type=jnp.float32
+    )
+    return mixed.astype(query.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads, over this call's tokens or a cache."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, context: Context, cached=None, slot=None):
+        """Mix tokens.
+
+        Args:
+            x: [B, T, D].
+            context: where the tokens are and who may see whom.
+            cached: (key, value), each [B, K, S, h], to be written at `slot` and
+                attended to; None attends to this call's tokens.
+            slot: int, where in the cache this call's tokens go.
+
+        Returns:
+            [B, T, D], and (key, value): the updated cache, or [B, K, T, h] without one.
+        """
+        c = self.config
+        B, T, _ = x.shape
+        K, h = c.num_kv_heads, c.head_dim
+
+        def project(name, heads):
+            linear = Linear(heads * h, c.qkv_bias, c.init_std, name=name)
+            return linear(x).reshape(B, T, heads, h)
+
+        query = project("query", c.num_heads)
+        key, value = project("key", K), project("value", K)
+        if c.qk_norm:
+            norm = {"kind": "rms", "eps": c.norm_eps, "unit_offset": c.norm_unit_offset}
+            query = Norm(**norm, name="query_norm")(query)
+            key = Norm(**norm, name="key_norm")(key)
+        if context.cos is not None:
+            query = rotate(query, context.cos, context.sin)
+            key = rotate(key, context.cos, context.sin)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if cached is not None:
+            write = lax.dynamic_update_slice_in_dim
+            key = write(cached[0], key, slot, axis=2)
+            value = write(cached[1], value, slot, axis=2)
+        scale = h**-0.5 if c.query_scale is None else c.query_scale
+        query = query.swapaxes(1, 2).reshape(B, K, c.num_heads // K, T, h)
+        softcap = c.attention_softcap
+        mixed = attend(query, key, value, context.allowed, scale=scale, softcap=softcap)
+        mixed = mixed.reshape(B, c.num_heads, T, h).swapaxes(1, 2)
+        mixed = mixed.reshape(B, T, c.num_heads * h)
+        out_std = c.init_std / math.sqrt(2 * c.num_layers)
+        out = Linear(c.d_model, c.attention_out_bias, out_std, name="out")(mixed)
+        return out, (key, value)
+
+
+class MLP(nn.Module):
+    """The feed-forward part: gated (GLU) or plain."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        activation = ACTIVATIONS[c.activation]
+        up = Linear(c.d_ff, c.mlp_bias, c.init_std, name="up")(x)
+        if c.gated_mlp:
+            gate = Linear(c.d_ff, c.mlp_bias, c.init_std, name="gate")(x)
+            inner = activation(gate) * up
+        else:
+            inner = activation(up)
+        # Each branch adds to the residual stream 2L times: keep its variance near 1.
+        down_std = c.init_std / math.sqrt(2 * c.num_layers)
+        return Linear(c.d_model, c.mlp_bias, down_std, name="down")(inner)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each on a normalised residual stream."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, context: Context, cached=None, slot=None, dropout_key=None):
+        """Return the residual stream [B, T, D] and (key, value) as Attention does."""
+        c = self.config
+
+        def norm(name):
+            return Norm(c.norm, c.norm_eps, c.norm_unit_offset, name=name)
+
+        def drop(branch, index):
+            if dropout_key is None:
+                return branch
+            return dropout(branch, c.dropout, jax.random.fold_in(dropout_key, index))
+
+        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        mixed, cached = attention(norm("attention_norm")(x), context, cached, slot)
+        if c.post_norms:
+            mixed = norm("post_attention_norm")(mixed)
+        after = x + drop(mixed, 0)
+        fed = mlp(norm("mlp_norm")(x if c.parallel_residual else after))
+        if c.post_norms:
+            fed = norm("post_mlp_norm")(fed)
+        return after + drop(fed, 1), cached

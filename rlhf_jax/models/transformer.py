@@ -1,0 +1,394 @@
+"""A decoder-only transformer as pure functions on a params pytree.
+
+Dimensions: B sequences, T tokens of this call, S slots of the cache, D model width,
+V vocabulary, L layers, K key-value heads, h head width.
+
+The tree (float32 masters; the weights of all layers are stacked on a leading L axis):
+
+    embed/tokens [V, D]   embed/positions [P, D]                learned positions only
+    layers/attention_norm/{scale,bias} [L, D]                   bias: layer norm only
+    layers/attention/{query,key,value,out}/{kernel,bias}        kernels [L, in, out]
+    layers/attention/{query_norm,key_norm}/scale [L, h]
+    layers/post_attention_norm/scale   layers/mlp_norm/{scale,bias}
+    layers/mlp/{gate,up,down}/{kernel,bias}   layers/post_mlp_norm/scale
+    final_norm/{scale,bias} [D]
+    unembed/kernel [V, D]                                       untied models only
+    score/kernel [D, 1]                                         scalar heads only
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rlhf_jax import sharding
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.layers import (
+    Block,
+    Context,
+    Norm,
+    dot,
+    dropout,
+    rotary_frequencies,
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; every leaf has B as its first axis.
+
+    Attributes:
+        layers: per layer a (key, value) pair of [B, K, S, h] arrays in compute dtype.
+        valid: [B, S] bool, slots that hold a real token.
+        positions: [B, S] int32, the position of the token in each slot.
+        lengths: [B] int32, real tokens so far = the position of the next one.
+    """
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    valid: jax.Array
+    positions: jax.Array
+    lengths: jax.Array
+
+
+class Model(NamedTuple):
+    """The functions of one transformer; see `make_model` for each."""
+
+    config: TransformerConfig
+    init: Callable[..., Any]
+    apply: Callable[..., jax.Array]
+    prefill: Callable[..., tuple[jax.Array, Cache]]
+    decode: Callable[..., tuple[jax.Array, Cache]]
+    unstack: Callable[[Any], Any]
+    unembed: Callable[[Any, jax.Array], jax.Array]
+    unembedding: Callable[[Any], jax.Array]
+    score: Callable[[Any, jax.Array], jax.Array]
+
+
+def make_model(
+    config: TransformerConfig, *, dtype: str = "float32", remat: bool = False
+) -> Model:
+    """Bind a configuration to pure functions.
+
+    Args:
+        config: the shape of the model.
+        dtype: what matmuls and the residual stream are computed in; sums, norms and
+            softmax are float32 always.
+        remat: recompute each layer in the backward pass instead of storing it.
+
+    Returns:
+        A Model:
+        - `init(key, *, head=False) -> params`.
+        - `apply(params, tokens, mask, *, positions=None, dropout_key=None)
+          -> hidden [B, T, D]`.
+        - `prefill(params, tokens, mask, *, cache_length) -> (hidden, Cache)`.
+        - `unstack(params) -> params` whose layers are a tuple, for `decode`.
+        - `decode(unstacked, token, cache, slot) -> (hidden [B, D], Cache)`.
+        - `unembed(params, hidden [..., D]) -> logits [..., V]` float32.
+        - `unembedding(params) -> [V, D]`, the matrix `unembed` multiplies by.
+        - `score(params, hidden [..., D]) -> [...]` float32, from the scalar head.
+    """
+    dtype = jnp.dtype(dtype)
+    return Model(
+        config,
+        functools.partial(init, config),
+        functools.partial(apply, config, dtype, remat),
+        functools.partial(prefill, config, dtype),
+        functools.partial(decode, config, dtype),
+        functools.partial(unstack, config, dtype),
+        functools.partial(unembed, config, dtype),
+        functools.partial(unembedding, config),
+        score,
+    )
+
+
+def init(config: TransformerConfig, key: jax.Array, *, head: bool = False):
+    """Fresh float32 parameters.
+
+    Args:
+        config: the model's shape.
+        key: a typed PRNG key.
+        head: a scalar head (std 1/sqrt(D+1), as reward models are started) in place
+            of an unembedding.
+    """
+    c = config
+    D = c.d_model
+    tokens_key, positions_key, layers_key, last_key = jax.random.split(key, 4)
+    normal = jax.nn.initializers.normal(c.init_std)
+    params = {"embed": {"tokens": normal(tokens_key, (c.vocab_size, D))}}
+    if c.positions == "learned":
+        params["embed"]["positions"] = normal(positions_key, (c.max_positions, D))
+
+    def init_layer(layer_key):
+        x = jnp.zeros((1, 1, D))
+        context = _context(
+            c, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool), sliding=False
+        )
+        return Block(c).init(layer_key, x, context)["params"]
+
+    params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
+    params["final_norm"] = _final_norm(c).init(last_key, jnp.zeros((1, D)))["params"]
+    last_key = jax.random.fold_in(last_key, 1)
+    if head:
+        params["score"] = init_head(c, last_key)
+    elif not c.tied_embeddings:
+        params["unembed"] = {"kernel": normal(last_key, (c.vocab_size, D))}
+    return params
+
+
+def init_head(config: TransformerConfig, key: jax.Array):
+    """A fresh scalar head, {kernel: [D, 1]}, normal with std 1/sqrt(D+1).
+
+    References:
+        Stiennon et al., Learning to summarize from human feedback, appendix B.1,
+        https://arxiv.org/abs/2009.01325.
+    """
+    std = 1 / math.sqrt(config.d_model + 1)
+    return {"kernel": std * jax.random.normal(key, (config.d_model, 1))}
+
+
+def apply(
+    config, dtype, remat, params, tokens, mask, *, positions=None, dropout_key=None
+):
+    """Hidden states of whole sequences, after the final norm.
+
+    Args:
+        config: the model's shape.
+        dtype: compute dtype.
+        remat: recompute layers in the backward pass.
+        params: the tree above.
+        tokens: [B, T] int; what stands under the mask does not matter.
+        mask: [B, T] bool or int: 0 is padding, positive integers name the segment of
+            a packed row, and attention stays inside a segment.
+        positions: [B, T] int, or None to count the real tokens of each segment, which
+            makes left- and right-padded rows agree.
+        dropout_key: a typed PRNG key switches `config.dropout` on.
+
+    Returns:
+        [B, T, D] in `dtype`; finite, but meaningless, under the mask.
+    """
+    hidden, _ = _run_layers(
+        config,
+        dtype,
+        params,
+        tokens,
+        mask.astype(jnp.int32),
+        positions,
+        remat=remat,
+        dropout_key=dropout_key,
+    )
+    return hidden
+
+
+def prefill(config, dtype, params, tokens, mask, *, cache_length):
+    """Hidden states of the prompts, and a cache that holds them.
+
+    Args:
+        config: the model's shape.
+        dtype: compute dtype, also of the cache.
+        params: the tree above, stacked.
+        tokens: [B, T] int, left-padded: the next token of every row goes to slot T.
+        mask: [B, T] bool.
+        cache_length: S, prompt slots and all those to come.
+
+    Returns:
+        [B, T, D], and the Cache.
+    """
+    T = tokens.shape[1]
+    mask = mask.astype(jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, (keys, values) = _run_layers(
+        config, dtype, params, tokens, mask, positions, keep_cache=True
+    )
+    room = [(0, 0), (0, 0), (0, cache_length - T), (0, 0)]
+    layers = tuple(
+        (jnp.pad(keys[layer], room), jnp.pad(values[layer], room))
+        for layer in range(config.num_layers)
+    )
+    room = [(0, 0), (0, cache_length - T)]
+    valid = jnp.pad(mask.astype(bool), room)
+    return hidden, Cache(layers, valid, jnp.pad(positions, room), mask.sum(1))
+
+
+def unstack(config, dtype, params):
+    """Parameters for `decode`: a tree per layer, matrices already in compute dtype.
+
+    Done once before a decode loop, so that no step slices or casts a weight.
+    """
+
+    def cast(path, leaf):
+        is_matrix = path[-1].key in ("kernel", "tokens", "positions")
+        return leaf.astype(dtype) if is_matrix and path[0].key != "score" else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    layers = tuple(
+        jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        for layer in range(config.num_layers)
+    )
+    return {**params, "layers": layers}
+
+
+def decode(config, dtype, unstacked, token, cache, slot):
+    """One more token for every row.
+
+    Args:
+        config: the model's shape.
+        dtype: compute dtype.
+        unstacked: what `unstack` returned.
+        token: [B] int.
+        cache: the Cache so far; donate it, or carry it in a while_loop, and it is
+            updated in place.
+        slot: scalar int, the slot this token takes in every row.
+
+    Returns:
+        [B, D] hidden states after the final norm, and the new Cache.
+    """
+    B = token.shape[0]
+    positions = cache.lengths[:, None]
+    write = lax.dynamic_update_slice_in_dim
+    cache = cache._replace(
+        valid=write(cache.valid, jnp.ones((B, 1), bool), slot, axis=1),
+        positions=write(cache.positions, positions, slot, axis=1),
+        lengths=cache.lengths + 1,
+    )
+    x = _embed(config, dtype, unstacked, token[:, None], positions)
+    contexts = {
+        sliding: _context(
+            config,
+            positions,
+            cache.valid[:, None],
+            sliding=sliding,
+            key_positions=cache.positions,
+        )
+        for sliding in set(config.slides)
+    }
+    layers = []
+    for layer, cached, sliding in zip(
+        unstacked["layers"], cache.layers, config.slides, strict=True
+    ):
+        x, cached = Block(config).apply(
+            {"params": layer}, x, contexts[sliding], cached, slot
+        )
+        layers.append(cached)
+    hidden = _final_norm(config).apply({"params": unstacked["final_norm"]}, x[:, 0])
+    return hidden, cache._replace(layers=tuple(layers))
+
+
+def unembedding(config, params):
+    """The matrix [V, D] that turns hidden states into logits."""
+    if config.tied_embeddings:
+        return params["embed"]["tokens"]
+    return params["unembed"]["kernel"]
+
+
+def unembed(config, dtype, params, hidden):
+    """Logits [..., V] float32 of hidden states [..., D], soft cap applied."""
+    logits = dot(hidden.astype(dtype), unembedding(config, params), axis=1)
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    return logits
+
+
+def score(params, hidden):
+    """The scalar head: float32 [...] of hidden states [..., D]."""
+    return dot(hidden.astype(jnp.float32), params["score"]["kernel"])[..., 0]
+
+
+def _final_norm(config):
+    return Norm(config.norm, config.norm_eps, config.norm_unit_offset)
+
+
+def _allowed(segments):
+    """[B, T, T] bool: causal and inside a segment; padding sees only padding."""
+    T = segments.shape[1]
+    causal = jnp.tril(jnp.ones((1, T, T), bool))
+    return causal & (segments[:, :, None] == segments[:, None, :])
+
+
+def _count(allowed):
+    """Positions [B, T] int32: how many tokens of its segment precede each token."""
+    return allowed.sum(-1, dtype=jnp.int32) - 1
+
+
+def _context(config, positions, allowed, *, sliding, key_positions=None):
+    """The Context of one kind of layer; `sliding` narrows it to the window."""
+    if key_positions is None:
+        key_positions = positions
+    if sliding:
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        allowed = allowed & (distance < config.sliding_window)
+    if config.positions != "rope":
+        return Context(None, None, allowed)
+    local = sliding and config.rope_local_theta is not None
+    frequencies = rotary_frequencies(config, local=local)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    return Context(jnp.cos(angles), jnp.sin(angles), allowed)
+
+
+def _embed(config, dtype, params, tokens, positions):
+    """Token (and learned position) embeddings [B, T, D] in compute dtype."""
+    # Padding may hold any id, also one past the table's end.
+    # Gathered over fsdp first: rows cut along D could not be laid out by batch.
+    table = sharding.constrain(params["embed"]["tokens"], "tensor", None)
+    x = table.at[tokens].get(mode="clip").astype(dtype)
+    x = sharding.constrain(x, sharding.BATCH, None, None)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, dtype)
+    if config.positions == "learned":
+        table = sharding.constrain(params["embed"]["positions"], None, None)
+        x = x + table.at[positions].get(mode="clip").astype(dtype)
+    return x
+
+
+def _run_layers(
+    config,
+    dtype,
+    params,
+    tokens,
+    segments,
+    positions=None,
+    *,
+    remat=False,
+    dropout_key=None,
+    keep_cache=False,
+):
+    """One scan over the stacked layers.
+
+    Returns:
+        The normalised hidden states [B, T, D], and with `keep_cache` the stacked
+        (keys, values), each [L, B, K, T, h].
+    """
+    allowed = _allowed(segments)
+    if positions is None:
+        positions = _count(allowed)
+    x = _embed(config, dtype, params, tokens, positions)
+    if dropout_key is not None:
+        embed_key = jax.random.fold_in(dropout_key, config.num_layers)
+        x = dropout(x, config.dropout, embed_key)
+    x = sharding.constrain(x, sharding.BATCH, None, None)
+    contexts = {
+        slides: _context(config, positions, allowed, sliding=slides)
+        for slides in set(config.slides)
+    }
+
+    def run_layer(x, per_layer):
+        weights, index, slides = per_layer
+        if len(contexts) == 1:
+            (context,) = contexts.values()
+        else:
+            context = jax.tree.map(
+                lambda a, b: jnp.where(slides, a, b), contexts[True], contexts[False]
+            )
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        x, kept = Block(config).apply({"params": weights}, x, context, dropout_key=key)
+        x = sharding.constrain(x, sharding.BATCH, None, None)
+        return x, kept if keep_cache else None
+
+    if remat:
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+    layers = jnp.arange(config.num_layers)
+    per_layer = (params["layers"], layers, jnp.array(config.slides))
+    x, kept = lax.scan(run_layer, x, per_layer)
+    return _final_norm(config).apply({"params": params["final_norm"]}, x), kept

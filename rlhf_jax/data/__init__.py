@@ -1,0 +1,1 @@
+"""Prompts, texts, tokenizers and the builtin data set."""

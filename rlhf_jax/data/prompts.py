@@ -1,0 +1,144 @@
+"""Prompts: where they come from, and which of them a phase takes.
+
+A source is "builtin" (short openings of reviews, shipped with the package) or anything
+that `tables.load_table` reads. Which prompts a phase takes is a pure function of the
+seed and the phase, so a resumed run needs no saved position.
+"""
+
+import importlib.resources
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data.order import phase_rows
+from rlhf_jax.data.tables import Table, is_file, is_heldout, load_table, read_texts
+from rlhf_jax.data.tokenizer import encode_texts
+from rlhf_jax.errors import UserError
+
+BUILTIN = {"train": "prompts_train.txt", "heldout": "prompts_heldout.txt"}
+DEFAULT_COLUMNS = ("prompt", "text")
+
+
+class Prompts(NamedTuple):
+    """Prompts and, for the rewards, other columns of the same rows."""
+
+    texts: list[str]
+    columns: dict[str, list[Any]]
+
+
+def load_prompts(
+    source: str,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    extra_columns: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int | None = None,
+    prefix_words: int | None = None,
+    prefix_tokens: int | None = None,
+    tokenizer=None,
+) -> Prompts:
+    """The prompts of a source.
+
+    Args:
+      source: "builtin", or a file, folder or data set as in `data.tables`.
+      split: "train" or "heldout". Of builtin: None is "train". Of a file: nine tenths
+        and one tenth by a hash of the prompt; None is all of it. Of a hub's data set:
+        its split of that name ("heldout" is its "test"); None is "train".
+      column: where the text is; None is "prompt", or else "text".
+      extra_columns: handed to the reward functions by name.
+      limit: at most so many prompts.
+      seed: shuffle before the limit is applied; None keeps the order of the source.
+      prefix_words: the prompt is only the first so many words of the text (HTML line
+        breaks and runs of spaces become single spaces); shorter texts are dropped.
+      prefix_tokens: the same in tokens of `tokenizer`.
+
+    Raises:
+      UserError: whatever is wrong with the source, with file and line; nothing left.
+    """
+    if prefix_words is not None and prefix_tokens is not None:
+        raise UserError("give prefix_words or prefix_tokens, not both")
+    counts = {"prefix_words": prefix_words, "prefix_tokens": prefix_tokens}
+    for name, value in {**counts, "limit": limit}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} should be at least 1, not {value}")
+    texts, extra = _read(source, split, column, extra_columns)
+    if prefix_words is not None:
+        texts = [_first_words(text, prefix_words) for text in texts]
+    if prefix_tokens is not None:
+        texts = _first_tokens(texts, prefix_tokens, tokenizer)
+    keep = [row for row, text in enumerate(texts) if text is not None]
+    if split in BUILTIN and is_file(source):
+        keep = [row for row in keep if is_heldout(texts[row]) == (split == "heldout")]
+    if not keep:
+        raise UserError(
+            f"no prompts are left of the {len(texts)} rows of {source}: the texts are "
+            "shorter than the prefix, or too few to hold a tenth out"
+        )
+    if seed is not None:
+        keep = np.random.default_rng(seed).permutation(keep).tolist()
+    keep = keep[:limit]
+    columns = {name: [values[row] for row in keep] for name, values in extra.items()}
+    return Prompts([texts[row] for row in keep], columns)
+
+
+def phase_batch(prompts: Prompts, phase: int, *, batch_size: int, seed: int) -> Prompts:
+    """The prompts of one phase, counted from 0, as `order.phase_rows` picks them."""
+    rows = phase_rows(len(prompts.texts), phase, batch_size=batch_size, seed=seed)
+    columns = {name: [v[row] for row in rows] for name, v in prompts.columns.items()}
+    return Prompts([prompts.texts[row] for row in rows], columns)
+
+
+def _read(
+    source: str, split: str | None, column: str | None, extra_columns: Sequence[str]
+) -> tuple[list[str], dict[str, list[Any]]]:
+    """The texts of the source and its extra columns, all of them."""
+    table = _open(source, split)
+    for name in extra_columns:
+        if name not in table.columns:
+            raise UserError(
+                f"{source} has no column {name!r} for the rewards: it has "
+                + ", ".join(map(repr, table.columns))
+            )
+    if column is None:
+        known = [name for name in DEFAULT_COLUMNS if name in table.columns]
+        column = known[0] if known else DEFAULT_COLUMNS[0]
+    return read_texts(table, column), {name: table.read(name) for name in extra_columns}
+
+
+def _open(source: str, split: str | None) -> Table:
+    if source == "builtin":
+        name = BUILTIN.get(split or "train")
+        if name is None:
+            raise UserError(
+                f"the builtin prompts have no split {split!r}: choose from "
+                + ", ".join(BUILTIN)
+            )
+        folder = importlib.resources.files("rlhf_jax") / "builtin"
+        with importlib.resources.as_file(folder / name) as path:
+            return load_table(str(path))
+    if is_file(source):
+        if split is not None and split not in BUILTIN:
+            raise UserError(
+                f"{source} is a file and has no split {split!r}: choose from "
+                + ", ".join(BUILTIN)
+            )
+        return load_table(source)
+    return load_table(source, split="test" if split == "heldout" else split)
+
+
+def _first_words(text: str, count: int) -> str | None:
+    words = re.sub(r"<br\s*/?>", " ", text).split()
+    return " ".join(words[:count]) if len(words) >= count else None
+
+
+def _first_tokens(texts: list[str], count: int, tokenizer) -> list[str | None]:
+    if tokenizer is None:
+        raise UserError("prefix_tokens needs the tokenizer whose tokens are counted")
+    ids = encode_texts(tokenizer, texts)
+    heads = tokenizer.batch_decode(
+        [row[:count] for row in ids], clean_up_tokenization_spaces=False
+    )
+    return [head if len(row) >= count else None for head, row in zip(heads, ids)]

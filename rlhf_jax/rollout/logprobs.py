@@ -1,0 +1,83 @@
+"""What a model says of given responses: their log-probabilities, for any trainer.
+
+Dimension key: B rows, P prompt tokens, N response tokens, D model width.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import sharding
+from rlhf_jax.losses.logprobs import token_logprobs
+from rlhf_jax.models.transformer import Model
+
+
+class Transcript(NamedTuple):
+    """Prompts and the responses to them.
+
+    Attributes:
+      prompts: [B, P] int32, left-padded.
+      prompt_mask: [B, P] bool.
+      responses: [B, N] int32, right-padded.
+      mask: [B, N] bool, true on response tokens, EOS included.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    responses: jax.Array
+    mask: jax.Array
+
+
+class Scored(NamedTuple):
+    """A forward pass over a transcript, at the response's positions.
+
+    Attributes:
+      logprobs: [B, N] float32, at the sampler's temperature; 0 under the mask.
+      entropy: [B, N] float32, in nats; 0 under the mask.
+      hidden: [B, N, D], the states from which each response token was predicted.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    hidden: jax.Array
+
+
+def response_hidden(model: Model, params: Any, transcript: Transcript) -> jax.Array:
+    """Hidden states [B, N, D] from which each response token is predicted."""
+    prompts, prompt_mask, responses, mask = transcript
+    tokens = jnp.concatenate([prompts, responses], axis=1)
+    attended = jnp.concatenate([prompt_mask, mask], axis=1)
+    hidden = model.apply(params, tokens, attended)
+    return hidden[:, prompts.shape[1] - 1 : -1]
+
+
+def score_responses(
+    model: Model,
+    params: Any,
+    transcript: Transcript,
+    *,
+    temperature: float,
+    chunk_size: int | None,
+) -> Scored:
+    """Log-probabilities and entropies of the responses.
+
+    Args:
+      model: the model's functions.
+      params: its weights.
+      transcript: what to score.
+      temperature: the sampler's, so that sampler and learner speak of one policy.
+      chunk_size: see `losses.token_logprobs`.
+    """
+    hidden = response_hidden(model, params, transcript)
+    logprobs, entropy = token_logprobs(
+        hidden,
+        model.unembedding(params),
+        transcript.responses,
+        transcript.mask,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        logit_softcap=model.config.logit_softcap,
+        batch_shards=sharding.batch_shards(),
+    )
+    return Scored(logprobs, entropy, hidden)

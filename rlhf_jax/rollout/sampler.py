@@ -1,0 +1,127 @@
+"""Texts in, texts and arrays out: the sampler that trainers and evaluation share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.data.tokenizer import decode_responses, encode_prompts, special_tokens
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.rollout.generate import Responses, Sampling, generate
+from rlhf_jax.rollout.logprobs import Transcript
+from rlhf_jax.rollout.sampling import sample_keys
+
+
+class Rollout(NamedTuple):
+    """One batch of prompts and what the policy answered.
+
+    Attributes:
+      prompts: B prompt texts.
+      responses: B response texts, without EOS.
+      transcript: the same as arrays on the mesh.
+      samples: what `generate` returned, on the mesh.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    transcript: Transcript
+    samples: Responses
+
+
+Sampler = Callable[[Any, Sequence[str], jax.Array, Sequence[int]], Rollout]
+
+
+def check_lengths(model: Model, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises a `UserError` unless a prompt and its response fit the context."""
+    context = model.config.max_positions
+    if prompt_tokens + max_new_tokens > context:
+        raise UserError(
+            f"prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} make "
+            f"{prompt_tokens + max_new_tokens} tokens, more than the model's context "
+            f"of {context}; lower one of them"
+        )
+
+
+def make_sampler(
+    model: Model, tokenizer: Any, mesh: Mesh, *, prompt_tokens: int, **settings: Any
+) -> Sampler:
+    """Builds `sample(params, prompts, key, index) -> Rollout`, one compiled program.
+
+    Args:
+      model: the policy's functions.
+      tokenizer: the policy's tokenizer.
+      mesh: where the arrays live.
+      prompt_tokens: P, every prompt is padded to it; a longer one is an error.
+      **settings: `max_new_tokens`, `temperature`, `top_k`, `top_p`.
+
+    Returns:
+      The sampler. Row i of a batch draws from `key` and `index[i]` alone.
+    """
+    special = special_tokens(tokenizer)
+    drawn_as = Sampling(eos_id=special.eos, pad_id=special.pad, **settings)
+    check_lengths(model, prompt_tokens, drawn_as.max_new_tokens)
+    rows = sharding.rows(mesh)
+
+    @jax.jit
+    def draw(params, tokens, mask, key, index):
+        keys = sample_keys(key, index)
+        return generate(model, params, tokens, mask, keys, drawn_as)
+
+    def sample(params, prompts, key, index):
+        sharding.check_batch("the number of prompts", len(prompts), mesh)
+        host = encode_prompts(tokenizer, prompts, length=prompt_tokens)
+        tokens, mask, index = sharding.to_devices(
+            (*host, np.asarray(index, np.int32)), rows
+        )
+        samples = draw(params, tokens, mask, key, index)
+        texts = decode_responses(
+            tokenizer, *sharding.to_host((samples.tokens, samples.mask))
+        )
+        transcript = Transcript(tokens, mask, samples.tokens, samples.mask)
+        return Rollout(list(prompts), texts, transcript, samples)
+
+    return sample
+
+
+def records(
+    rollout: Rollout,
+    scores: dict[str, np.ndarray],
+    kl: np.ndarray,
+    *,
+    split: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One row a sample, as runs keep them in `responses/`.
+
+    Args:
+      rollout: the batch.
+      scores: [B] each: "reward", the total, and whatever else was measured.
+      kl: [B] nats, Σ_t (log π − log π_ref).
+      split: "train" or "heldout", where the prompts are from.
+      seed: of the run.
+
+    Returns:
+      Rows with split, prompt, response, the scores, kl, tokens, finish, seed and index;
+      phase, split, seed and index name the sample.
+    """
+    lengths, finished = sharding.to_host(
+        (rollout.samples.mask.sum(axis=1), rollout.samples.finished)
+    )
+    return [
+        {
+            "split": split,
+            "prompt": prompt,
+            "response": response,
+            **{name: float(values[i]) for name, values in scores.items()},
+            "kl": float(kl[i]),
+            "tokens": int(lengths[i]),
+            "finish": "eos" if finished[i] else "length",
+            "seed": seed,
+            "index": i,
+        }
+        for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses))
+    ]

@@ -1,0 +1,217 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from rlhf_jax.rollout import sampling
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def random_logits(rows=64, vocabulary=300, seed=0):
+    rng = np.random.default_rng(seed)
+    spread = np.geomspace(0.1, 30.0, rows)[:, None]  # flat rows to peaked ones
+    return (spread * rng.normal(size=(rows, vocabulary))).astype(np.float32)
+
+
+def kept(logits, **settings):
+    truncate = jax.jit(lambda x: sampling.truncate(x, **settings))
+    got = np.asarray(truncate(jnp.asarray(logits)))
+    np.testing.assert_array_equal(
+        got[np.isfinite(got)], np.asarray(logits)[np.isfinite(got)]
+    )
+    return np.isfinite(got)
+
+
+def softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def test_threshold_by_hand():
+    """Weights from the top: 4 → 0.5, 3 → 0.8, 2 and 2 → 1.0."""
+    logits = jnp.float32([[2.0, 4.0, 2.0, 3.0]])
+    weights = jnp.float32([[0.1, 0.5, 0.1, 0.3]])
+    for target, want in ((0.5, 4.0), (0.51, 3.0), (0.8, 3.0), (0.81, 2.0), (1.0, 2.0)):
+        got = sampling.truncation_threshold(logits, weights, jnp.float32([target]))
+        np.testing.assert_array_equal(got, [want])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 17, 299])
+def test_top_k_equals_a_sort(top_k):
+    logits = random_logits()
+    want = logits >= np.sort(logits, axis=-1)[:, -top_k, None]
+    assert (want.sum(-1) == top_k).all()
+    np.testing.assert_array_equal(kept(logits, top_k=top_k, top_p=1.0), want)
+
+
+@pytest.mark.parametrize("outlier", [-1e9, float(np.finfo(np.float32).min), -np.inf])
+def test_top_k_beside_a_token_that_is_ruled_out(outlier):
+    """The threshold is exact however wide the range of the logits is."""
+    logits = random_logits()
+    logits[:, 7] = outlier
+    want = logits >= np.sort(logits, axis=-1)[:, -10, None]
+    np.testing.assert_array_equal(kept(logits, top_k=10, top_p=1.0), want)
+
+
+def test_top_k_keeps_all_ties():
+    logits = np.float32(
+        [[1, 5, 3, 3, 3, 0], [2, 2, 2, 2, 2, 2], [-1, -3, 0, -0.0, -2, -2]]
+    )
+    want = np.array([[0, 1, 1, 1, 1, 0], [1] * 6, [0, 0, 1, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(kept(logits, top_k=2, top_p=1.0), want)
+
+
+@pytest.mark.parametrize("top_k", [0, 300, 1000])
+def test_a_top_k_that_keeps_all(top_k):
+    assert kept(random_logits(), top_k=top_k, top_p=1.0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_is_the_smallest_set_that_holds_p(top_p):
+    """By a sort in float64; a row whose border lies within rounding is left out."""
+    logits = random_logits(rows=200)
+    got = kept(logits, top_k=0, top_p=top_p)
+    compared = 0
+    for row in range(len(logits)):
+        order = np.argsort(-logits[row], kind="stable")
+        cumulative = np.cumsum(softmax(logits[row])[order])
+        if np.abs(cumulative - top_p).min() < 1e-6:
+            continue
+        want = np.zeros(logits.shape[1], bool)
+        want[order[: np.argmax(cumulative >= top_p) + 1]] = True
+        np.testing.assert_array_equal(got[row], want)
+        compared += 1
+    assert compared > 150
+
+
+def test_top_p_keeps_all_ties():
+    """p = 0.4, 0.2, 0.2, 0.2: half needs one of the three equals, so all of them."""
+    logits = np.log(np.float32([[0.2, 0.4, 0.2, 0.2]]))
+    got = [kept(logits, top_k=0, top_p=p)[0].tolist() for p in (0.3, 0.5)]
+    assert got == [[False, True, False, False], [True] * 4]
+
+
+def test_top_p_counts_what_top_k_left():
+    """Of 0.4, 0.3, 0.2, 0.1 two are kept: 0.4 is 0.57 of them, enough for 0.55."""
+    logits = np.log(np.float32([[0.1, 0.2, 0.3, 0.4]]))
+    assert kept(logits, top_k=2, top_p=0.55)[0].tolist() == [False] * 3 + [True]
+    assert kept(logits, top_k=2, top_p=0.6)[0].tolist() == [False] * 2 + [True] * 2
+
+
+def invert(weights, uniform):
+    return np.asarray(jax.jit(sampling.invert_cdf)(weights, jnp.float32(uniform)))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000])
+def test_inverse_equals_a_cumulative_sum(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    weights = rng.random((500, vocabulary)).astype(np.float32)
+    uniform = rng.random(500).astype(np.float32)
+    got = invert(weights, uniform)
+    cumulative = np.cumsum(weights.astype(np.float64), axis=-1)
+    target = uniform * cumulative[:, -1]
+    want = np.argmax(cumulative > target[:, None], axis=-1)
+    # Where the target lies on a border, but for rounding, either side is right.
+    clear = np.abs(cumulative - target[:, None]).min(-1) > 1e-6 * cumulative[:, -1]
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(got[clear], want[clear])
+
+
+def test_inverse_by_hand():
+    """Weights 1, 0, 2, 1: borders at 0, 0.25, 0.25, 0.75, 1."""
+    uniform = [0.0, 0.24, 0.25, 0.74, 0.75, 0.999]
+    weights = np.tile(np.float32([1, 0, 2, 1]), (len(uniform), 1))
+    assert invert(weights, uniform).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_never_a_token_of_weight_zero():
+    """Uniforms on and beside every border, of sparse weights with empty blocks."""
+    rng = np.random.default_rng(0)
+    vocabulary = 1500
+    for trial in range(6):
+        weights = rng.random(vocabulary) * (rng.random(vocabulary) < 0.03)
+        empty = rng.integers(0, vocabulary // sampling.BLOCK + 1, 4)
+        for block in (0, *empty[: trial + 1]):
+            weights[block * sampling.BLOCK : (block + 1) * sampling.BLOCK] = 0
+        weights = weights.astype(np.float32)
+        borders = np.cumsum(weights.astype(np.float64))
+        borders = np.unique((borders / borders[-1]).astype(np.float32))
+        uniform = np.concatenate(
+            [borders, np.nextafter(borders, 2), np.nextafter(borders, -1), [0, TINY]]
+        ).astype(np.float32)
+        uniform = np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32)
+        uniform = np.resize(uniform, 400)
+        assert weights.any() and uniform.max() < 1
+        tokens = invert(np.broadcast_to(weights, (400, vocabulary)), uniform)
+        assert (weights[tokens] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 12, 0.8)]
+)
+def test_frequencies_match_the_distribution(temperature, top_k, top_p):
+    """Chi-square over 50,000 draws through keys, as `generate` makes them."""
+    draws = 50_000
+    logits = random_logits(1, 20, seed=5)[0] * 20
+
+    @jax.jit
+    def draw(key):
+        keys = sampling.sample_keys(key, jnp.arange(draws))
+        return sampling.sample(
+            jnp.broadcast_to(logits, (draws, 20)),
+            sampling.uniforms(keys, jnp.int32(3)),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    tokens, logprobs = draw(jax.random.key(11))
+    inside = kept(logits[None] / temperature, top_k=top_k, top_p=top_p)[0]
+    probs = softmax(np.where(inside, logits / temperature, -np.inf))
+    counts = np.bincount(tokens, minlength=20)
+    assert counts[~inside].sum() == 0
+    enough = probs * draws > 5
+    expected = np.append(probs[enough], probs[inside & ~enough].sum()) * draws
+    observed = np.append(counts[enough], counts[inside & ~enough].sum())
+    expected, observed = expected[expected > 0], observed[expected > 0]
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+    # The log-probability is that of the distribution drawn from.
+    np.testing.assert_allclose(logprobs, np.log(probs[tokens]), rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_takes_the_likeliest_token():
+    logits = random_logits()
+    ignored = {"top_k": 3, "top_p": 0.5}
+    uniform = jnp.full(len(logits), 0.99)
+    tokens, logprobs = sampling.sample(
+        jnp.asarray(logits), uniform, temperature=0, **ignored
+    )
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    np.testing.assert_allclose(
+        logprobs, np.log(softmax(logits).max(-1)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bfloat16_logits_give_float32():
+    logits = jnp.asarray(random_logits(), jnp.bfloat16)
+    uniform = jnp.full(len(logits), 0.5)
+    tokens, logprobs = sampling.sample(
+        logits, uniform, temperature=0.7, top_k=5, top_p=0.9
+    )
+    assert tokens.dtype == jnp.int32
+    assert logprobs.dtype == jnp.float32
+
+
+def test_keys_are_functions_of_the_index_alone():
+    root = jax.random.key(0)
+    step = jnp.int32(2)
+    whole = sampling.uniforms(sampling.sample_keys(root, jnp.arange(8)), step)
+    some = sampling.uniforms(sampling.sample_keys(root, jnp.array([6, 1])), step)
+    np.testing.assert_array_equal(some, whole[jnp.array([6, 1])])
+    assert len(np.unique(whole)) == 8
+    later = sampling.uniforms(sampling.sample_keys(root, jnp.arange(8)), step + 1)
+    assert not np.isin(later, whole).any()
+    assert (whole >= 0).all() and (whole < 1).all()

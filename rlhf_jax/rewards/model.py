@@ -1,0 +1,98 @@
+"""A reward model as a reward: texts in, the scalar at the last real token out.
+
+Dimension key: B rows, T tokens of a row, D model width.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.data.sequences import encode_sequences
+from rlhf_jax.data.tokenizer import load_tokenizer, special_tokens
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.pretrained import load_pretrained
+from rlhf_jax.models.transformer import Model, make_model
+
+# Rows are padded to a multiple of this, so that few lengths are compiled.
+LENGTH_STEP = 16
+# More rows than this are scored in several goes, so that memory has a bound.
+MAX_ROWS = 256
+
+
+def score_sequences(
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Scores [B] float32 of right-padded rows [B, T], at the last real token."""
+    hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)
+    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return model.score(params, pooled)
+
+
+def load_reward_model(
+    directory: str | os.PathLike, *, mesh: Mesh
+) -> Callable[..., np.ndarray]:
+    """A reward function from a directory with a scalar-head model and its tokenizer.
+
+    Prompt and response are scored as one text, EOS at its end, whether the response
+    was cut off or not. A text longer than the model's context loses its beginning.
+
+    Args:
+      directory: an export of the reward-model trainer, or a transformers
+        `...ForSequenceClassification` with one label.
+      mesh: where the model computes.
+
+    Raises:
+      UserError: no such model there.
+    """
+    found = load_pretrained(os.fspath(directory), mesh=mesh, head=True)
+    tokenizer = load_tokenizer(directory)
+    special_tokens(tokenizer)
+    if len(tokenizer) > found.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the reward "
+            f"model beside it only {found.config.vocab_size}: they are no pair"
+        )
+    model, params = make_model(found.config), found.params
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sharding.rows(mesh)
+
+    @jax.jit
+    def forward(params, tokens, mask):
+        return score_sequences(model, params, tokens, mask)
+
+    def score_texts(texts: list[str], count: int) -> np.ndarray:
+        longest = found.config.max_positions
+        tokens, mask = encode_sequences(tokenizer, texts, length=longest, keep_end=True)
+        used = int(mask.sum(axis=1).max(initial=1))
+        used = min(-(-used // LENGTH_STEP) * LENGTH_STEP, longest)
+        spare = count - len(texts)
+        tokens = np.pad(tokens[:, :used], ((0, spare), (0, 0)))
+        mask = np.pad(mask[:, :used], ((0, spare), (0, 0)))
+        scores = forward(params, *sharding.to_devices((tokens, mask), rows))
+        return sharding.to_host(scores)[: len(texts)]
+
+    def score(
+        prompts: Sequence[str], responses: Sequence[str], **columns: Any
+    ) -> np.ndarray:
+        del columns
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        count = min(len(texts), MAX_ROWS)
+        count += -count % ways
+        parts = [
+            score_texts(texts[start : start + count], count)
+            for start in range(0, len(texts), count or 1)
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
+
+    return score

@@ -1,0 +1,1 @@
+"""Evaluation of policies; reads weights and runs, never a trainer."""

@@ -1,0 +1,99 @@
+"""Trains a model as a config file says.
+
+    python -m rlhf_jax.train --config=configs/ppo.py
+    python -m rlhf_jax.train --config=configs/ppo.py --config.seed=1 \
+        --config.workdir=runs/ppo_seed1
+
+Every setting of the file can be given on the command line as `--config.<name>=<value>`.
+The same command again goes on where a stopped run was, bit for bit.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from rlhf_jax.errors import UserError
+
+ALGORITHMS = {
+    "ppo": "rlhf_jax.trainers.ppo",
+    "reward_model": "rlhf_jax.trainers.reward_model",
+    "sft": "rlhf_jax.trainers.sft",
+}
+
+
+def train(config: ConfigDict) -> None:
+    """Runs the algorithm that `config.algorithm` names.
+
+    Raises:
+      UserError: the config, the files it names or the machine do not allow it.
+    """
+    if config.algorithm not in ALGORITHMS:
+        raise UserError(
+            f"config.algorithm={config.algorithm!r} is unknown; "
+            f"take one of {', '.join(ALGORITHMS)}"
+        )
+    importlib.import_module(ALGORITHMS[config.algorithm]).run(config)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with a sentence in place of its tracebacks."""
+    try:
+        left = flags.FLAGS(argv)
+    except flags.Error as error:
+        where = "the config cannot be read: " if "Traceback" in str(error) else ""
+        raise UserError(where + _sentence(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            f"the command line does not fit the config: {_sentence(error.args[0])}"
+        ) from error
+    except Exception as error:  # a config file is a program: it may raise anything
+        raise UserError(f"the config cannot be read: {_sentence(error)}") from error
+    if left[1:]:
+        raise UserError(
+            f"unknown argument {left[1]!r}; settings are given as --config.name=value"
+        )
+    return left
+
+
+def _loaded(config) -> ConfigDict:
+    """The config of the flag; an unreadable file is reported only when it is asked."""
+    try:
+        found = config.value
+        if not isinstance(found.get("algorithm"), str):
+            raise UserError(
+                "the config file sets no algorithm; "
+                f"take one of {', '.join(ALGORITHMS)}"
+            )
+    except OSError as error:
+        raise UserError(
+            f"the config file cannot be read: {_sentence(error.__cause__ or error)}"
+        ) from error
+    return found
+
+
+def _sentence(message: object) -> str:
+    """A message on one line; of a whole traceback in it only the end, the cause."""
+    lines = str(message).strip().splitlines() or [type(message).__name__]
+    told = lines[-1:] if "Traceback" in str(message) else lines
+    return " ".join(" ".join(told).split())
+
+
+def main() -> None:
+    """The command line."""
+    config = config_flags.DEFINE_config_file("config", None, "The config file.")
+    flags.mark_flag_as_required("config")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(lambda _: train(_loaded(config)), flags_parser=_parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

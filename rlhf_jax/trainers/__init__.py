@@ -1,0 +1,1 @@
+"""One algorithm, one file; what they share is in `common` and `optimizer`."""

@@ -1,0 +1,127 @@
+"""What the algorithms share that learn from fixed rows: SFT, reward models, DPO.
+
+One phase is `steps_per_phase` optimizer steps in one compiled program; the order of
+the rows is a function of (seed, phase).
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from rlhf_jax import sharding
+from rlhf_jax.data.order import phase_rows
+from rlhf_jax.trainers import loading
+from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+
+# Branches of the run's root key.
+STEPS = 0
+
+# (params, batch, key) -> (loss, metrics); the key is for dropout.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that changes from phase to phase; `policy` is whatever model is trained."""
+
+    policy: Any
+    opt_state: Any
+
+
+def make_state(
+    config: ConfigDict, params: Any, mesh: Mesh
+) -> tuple[State, optax.GradientTransformation]:
+    """The optimizer of `config.optimizer`, and the state to start from."""
+    steps = config.total_phases * config.learning.steps_per_phase
+    optimizer = make_optimizer(config.optimizer, config.optimizer.lr, steps)
+    return State(params, loading.init_optimizer(optimizer, params, mesh)), optimizer
+
+
+def make_update(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
+    """Builds `update(state, batches, key) -> (state, metrics)`.
+
+    `batches` is a pytree of [S, B, ...], one optimizer step for each of S; the state is
+    donated, and the metrics are means over the steps.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, batches, key):
+        def step(state, batch_and_key):
+            (_, metrics), grads = value_and_grad(state.policy, *batch_and_key)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
+            policy = optax.apply_updates(state.policy, updates)
+            metrics |= {"grad_norm": optax.tree.norm(grads)}
+            return State(policy, opt_state), metrics
+
+        count = jax.tree.leaves(batches)[0].shape[0]
+        state, steps = jax.lax.scan(
+            step, state, (batches, jax.random.split(key, count))
+        )
+        metrics = jax.tree.map(jnp.mean, steps)
+        return state, metrics | {"optimizer/lr": learning_rate(state.opt_state)}
+
+    return update
+
+
+def make_phase(
+    config: ConfigDict,
+    mesh: Mesh,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    rows: Any,
+) -> Callable:
+    """Builds `run_phase(state, phase) -> (state, metrics, [])`.
+
+    `rows` is a pytree of NumPy arrays [N, ...], on every host.
+    """
+    update = make_update(loss, optimizer)
+    steps, batch = config.learning.steps_per_phase, config.learning.batch
+    layout = NamedSharding(mesh, P(None, sharding.BATCH))
+    count = len(jax.tree.leaves(rows)[0])
+    root = jax.random.fold_in(jax.random.key(config.seed), STEPS)
+
+    def run_phase(state: State, phase: int):
+        started = time.perf_counter()
+        order = phase_rows(count, phase - 1, batch_size=steps * batch, seed=config.seed)
+        batches = jax.tree.map(
+            lambda x: x[order].reshape(steps, batch, *x.shape[1:]), rows
+        )
+        key = jax.random.fold_in(root, phase)
+        state, metrics = update(state, sharding.to_devices(batches, layout), key)
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - started
+        return state, metrics | {"time/rows_per_s": steps * batch / seconds}, []
+
+    return run_phase
+
+
+def evaluate_rows(
+    sums: Callable, params: Any, rows: Any, *, batch: int, mesh: Mesh
+) -> dict[str, float]:
+    """Means over held-out rows of what `sums(params, batch, valid)` adds up.
+
+    `sums` returns {name: (sum, count)} over the rows where `valid` [B] is true; the
+    last batch is filled up with rows that are not.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    totals: dict[str, np.ndarray] = {}
+    for start in range(0, count, batch):
+        index = np.arange(start, start + batch)
+        valid = index < count
+        part = jax.tree.map(lambda x, i=index % count: x[i], rows)
+        part, valid = sharding.to_devices((part, valid), sharding.rows(mesh))
+        for name, pair in sharding.to_host(sums(params, part, valid)).items():
+            totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
+    return {f"heldout/{n}": float(s / max(c, 1.0)) for n, (s, c) in totals.items()}

@@ -1,0 +1,231 @@
+"""What the algorithms share that sample from their policy: PPO, and those like it."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax import sharding
+from rlhf_jax.data.prompts import Prompts, load_prompts
+from rlhf_jax.data.tables import is_file
+from rlhf_jax.data.tokenizer import encode_prompts
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.heldout import make_heldout
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.plots import Panel
+from rlhf_jax.rewards import build_rewards
+from rlhf_jax.rollout import sampler
+
+# Branches of the run's root key, folded in before anything else; the phase comes next.
+INIT, SAMPLING, ORDER, HELDOUT = range(4)
+
+FIELDS = {
+    "reward/mean": "reward {:+.3f}",
+    "heldout/reward_mean": "held-out {:+.3f}",
+    "kl/sequence": "kl {:.2f}",
+    "response/tokens": "len {:.1f}",
+    "time/tokens_per_s": "{:,.0f} tok/s",
+}
+
+PANELS = (
+    Panel(
+        "Reward",
+        "score",
+        {"training prompts": "reward/mean"},
+        points={"held-out prompts": "heldout/reward_mean"},
+    ),
+    Panel(
+        "KL to the reference",
+        "nats a response",
+        {"training prompts": "kl/sequence"},
+        points={"held-out prompts": "heldout/kl"},
+    ),
+    Panel("Entropy", "nats a token", {"policy": "policy/entropy"}),
+    Panel(
+        "Policy update",
+        "fraction, nats",
+        {"clipped": "policy/clip_fraction", "approx. KL": "policy/approx_kl"},
+    ),
+    Panel(
+        "Critic: explained variance", "1 = perfect", {"": "value/explained_variance"}
+    ),
+    Panel("Response length", "tokens", {"": "response/tokens"}),
+)
+
+
+def branch_key(seed: int, branch: int, phase: int) -> jax.Array:
+    """The key of one use in one phase; a pure function of its arguments."""
+    root = jax.random.fold_in(jax.random.key(seed), branch)
+    return jax.random.fold_in(root, phase)
+
+
+def check_rollout(config: ConfigDict) -> None:
+    """Raises a `UserError` for sizes and truncations that make no sense."""
+    rollout = config.rollout
+    for name, value in (
+        ("total_phases", config.total_phases),
+        ("rollout.prompts", rollout.prompts),
+        ("rollout.prompt_tokens", rollout.prompt_tokens),
+        ("rollout.max_new_tokens", rollout.max_new_tokens),
+    ):
+        if value < 1:
+            raise UserError(f"config.{name}={value} must be at least 1")
+    if not 0 < rollout.top_p <= 1:
+        raise UserError(
+            f"config.rollout.top_p={rollout.top_p} must be above 0 and at most 1 "
+            "(1 keeps every token)"
+        )
+    if rollout.top_k < 0:
+        raise UserError(
+            f"config.rollout.top_k={rollout.top_k} must not be negative (0 keeps all)"
+        )
+
+
+def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
+    """Raises a `UserError` unless a phase's rows divide into equal micro-batches."""
+    batch = config.rollout.prompts
+    sharding.check_batch("config.rollout.prompts", batch, mesh)
+    parts = learning.minibatches * learning.accumulation
+    if parts < 1 or batch % parts:
+        raise UserError(
+            f"config.rollout.prompts={batch} must be a multiple of minibatches="
+            f"{learning.minibatches} x accumulation={learning.accumulation}"
+        )
+    micro = "config.rollout.prompts / (minibatches x accumulation)"
+    sharding.check_batch(micro, batch // parts, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def minibatch_order(
+    key: jax.Array, rows: int, epochs: int, minibatches: int
+) -> jax.Array:
+    """Row numbers [E, M, R] int32: a fresh permutation for each epoch."""
+    keys = jax.random.split(key, epochs)
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
+    return shuffled.reshape(epochs, minibatches, -1)
+
+
+def summarize_steps(steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """One phase's metrics from those of its optimizer steps, each [steps].
+
+    Means over the steps that were taken (`steps["taken"]`, bool), and the first step
+    apart: it is on-policy, so its ratio must be 1 and its KL 0.
+    """
+    taken = steps["taken"]
+    count = jnp.maximum(taken.sum(), 1)
+    mean = {
+        name: jnp.where(taken, values, 0.0).sum() / count
+        for name, values in steps.items()
+        if name != "taken"
+    }
+    first = {
+        f"first_step/{name}": steps[f"policy/{name}"][0]
+        for name in ("approx_kl", "clip_fraction", "ratio_deviation")
+    }
+    return mean | first | {"optimizer/steps": taken.sum()}
+
+
+def rollout_metrics(
+    rows: Sequence[Mapping[str, Any]],
+    total: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+) -> dict[str, float]:
+    """Rewards, each part alone where there are several, and the responses' lengths."""
+    metrics = {
+        "reward/mean": float(total.mean()),
+        "reward/std": float(total.std()),
+        "reward/min": float(total.min()),
+        "reward/max": float(total.max()),
+        "response/tokens": float(np.mean([row["tokens"] for row in rows])),
+        "response/finished": float(np.mean([row["finish"] == "eos" for row in rows])),
+    }
+    if len(parts) > 1:
+        metrics |= {f"reward/{name}": float(s.mean()) for name, s in parts.items()}
+    return metrics
+
+
+def headline(judges: Sequence[str]) -> list[tuple[str, str, str | None]]:
+    """The held-out figures of the closing summary."""
+    return [
+        ("held-out reward", "heldout/reward_mean", "heldout/reward_std"),
+        *(
+            (
+                f"unseen judge: {name}",
+                f"heldout/judge/{name}_mean",
+                f"heldout/judge/{name}_std",
+            )
+            for name in judges
+        ),
+        ("held-out KL", "heldout/kl", None),
+        ("held-out length", "heldout/tokens", None),
+    ]
+
+
+def make_sampler(
+    config: ConfigDict, model: Model, tokenizer: Any, mesh: Mesh
+) -> sampler.Sampler:
+    """The sampler of `config.rollout`."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    return sampler.make_sampler(
+        model,
+        tokenizer,
+        mesh,
+        prompt_tokens=config.rollout.prompt_tokens,
+        **{name: config.rollout[name] for name in names},
+    )
+
+
+def load_both(
+    data: ConfigDict, tokenizer: Any, *, prompt_tokens: int
+) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts of `config.data`, each at most `prompt_tokens`."""
+    shape = {
+        "column": data.column or None,
+        "extra_columns": tuple(data.extra_columns),
+        "tokenizer": tokenizer,
+    }
+    for name in ("prefix_words", "prefix_tokens"):
+        shape[name] = data[name] or None
+
+    def load(source, other, split, limit):
+        # Two files are taken whole; one file for both is split.
+        whole = source != other and is_file(source)
+        split = None if whole else split
+        limit = limit or None
+        return load_prompts(source, split=split, limit=limit, seed=data.seed, **shape)
+
+    train = load(data.train, data.heldout, "train", data.limit)
+    heldout = load(data.heldout, data.train, "heldout", data.heldout_limit)
+    # All of them now: a prompt that does not fit is not to be met in some later phase.
+    for prompts in (train, heldout):
+        encode_prompts(tokenizer, prompts.texts, length=prompt_tokens)
+    return train, heldout
+
+
+def make_evaluation(
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    sample: sampler.Sampler,
+    rewards: Any,
+    heldout: Prompts,
+) -> Callable:
+    """Builds `evaluate(params, reference) -> (metrics, rows)` on held-out prompts."""
+    return make_heldout(
+        model,
+        sample,
+        mesh,
+        heldout,
+        seed=config.seed,
+        key=branch_key(config.seed, HELDOUT, 0),
+        batch=config.rollout.prompts,
+        temperature=config.rollout.temperature,
+        chunk_size=config.logprob_chunk or None,
+        rewards=rewards,
+        judges=build_rewards(config.judges, mesh=mesh),
+    )

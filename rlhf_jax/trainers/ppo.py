@@ -1,0 +1,402 @@
+"""Proximal policy optimization for language models.
+
+One phase, from top to bottom:
+    1. sample a response y to each prompt x from the policy π           (make_sampler)
+    2. score it: R(x, y), from any mix of rewards                       (score_all)
+    3. r_t = −β·KL̂(π‖π_ref)_t, with R added at the last token            (make_assess)
+    4. advantages A_t by GAE from the critic's values V_t               (make_assess)
+    5. for each epoch and minibatch, one optimizer step on              (make_update)
+           E[max(−A ρ, −A clip(ρ, 1−ε_low, 1+ε_high))]                  ρ = π/π_old
+           + c_v · ½ E[max((V−G)², (clip(V, V_old ± ε_v)−G)²)] − c_h · H[π]
+    6. β follows the measured KL if it is adaptive
+
+Every mean is over the real tokens of the whole minibatch, however it is split over
+devices and gradient accumulation. The temperature of the sampler is in every
+log-probability. A missing EOS subtracts from the score.
+
+References:
+    Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+    Ziegler et al. 2019 (KL shaping, adaptive β), https://arxiv.org/abs/1909.08593
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
+    https://arxiv.org/abs/2403.17031. Deviations: the score stands on the last real
+    token, not on the first pad after it; means leave padding out.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax import losses, progress, sharding
+from rlhf_jax.data.prompts import Prompts, phase_batch
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses import masked
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
+from rlhf_jax.rollout.logprobs import Transcript, response_hidden, score_responses
+from rlhf_jax.rollout.sampler import Sampler, records
+from rlhf_jax.trainers import common, loading, online
+from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+
+
+class Experience(NamedTuple):
+    """One phase's rollouts, as the update needs them (B rows, P prompt, N response)."""
+
+    transcript: Transcript  # prompts [B, P], responses [B, N] and their masks
+    old_logprobs: jax.Array  # [B, N] of the policy that sampled
+    values: jax.Array  # [B, N] of the critic before the update
+    advantages: jax.Array  # [B, N]
+    returns: jax.Array  # [B, N]
+    sequence_kl: jax.Array  # [B] Σ_t (log π − log π_ref), nats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that changes from phase to phase; the randomness is (seed, phase)."""
+
+    policy: Any
+    critic: Any  # a model with a scalar head, or that head alone on a shared trunk
+    opt_state: Any
+    kl_coef: jax.Array  # [] float32, β
+
+
+class Networks(NamedTuple):
+    """The trained weights, as the optimizer and the loss see them."""
+
+    policy: Any
+    critic: Any
+
+
+class Models(NamedTuple):
+    """The functions of the two networks; `critic` is None on a shared trunk."""
+
+    policy: Model
+    critic: Model | None
+
+
+def values_of(
+    models: Models, critic: Any, transcript: Transcript, policy_hidden: jax.Array
+) -> jax.Array:
+    """The critic's values [B, N] float32; a shared trunk uses the policy's states."""
+    if models.critic is None:
+        return models.policy.score(critic, policy_hidden)
+    hidden = response_hidden(models.critic, critic, transcript)
+    return models.critic.score(critic, hidden)
+
+
+def make_speak(models: Models, config: ConfigDict) -> Callable:
+    """Builds `speak(params, transcript) -> Scored` of the policy, as it was sampled."""
+    return functools.partial(
+        score_responses,
+        models.policy,
+        temperature=config.rollout.temperature,
+        chunk_size=config.logprob_chunk or None,
+    )
+
+
+def make_assess(models: Models, config: ConfigDict) -> Callable:
+    """Builds `assess(state, reference, rollout, scores) -> (Experience, metrics)`.
+
+    Steps 3 and 4: log-probabilities of policy and reference, shaped rewards, GAE.
+    """
+    ppo, speak = config.ppo, make_speak(models, config)
+
+    @jax.jit
+    def assess(state: State, reference, transcript: Transcript, samples, scores):
+        mask = transcript.mask
+        learner = speak(state.policy, transcript)
+        ref_logprobs = speak(reference, transcript).logprobs
+        values = values_of(models, state.critic, transcript, learner.hidden)
+
+        if ppo.score_clip:
+            scores = jnp.clip(scores, -ppo.score_clip, ppo.score_clip)
+        scores = losses.missing_eos_penalty(
+            scores, samples.finished, penalty=ppo.missing_eos_penalty
+        )
+        pair = (learner.logprobs, ref_logprobs, mask)
+        kl = losses.kl.estimate(*pair, estimator=ppo.kl_estimator)
+        rewards = losses.kl_shaped_rewards(scores, kl, mask, kl_coef=state.kl_coef)
+        if ppo.whiten_rewards:
+            rewards = masked.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = losses.gae(
+            rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam
+        )
+        if ppo.whiten_advantages:
+            advantages = masked.whiten(advantages, mask, shift_mean=True)
+
+        log_ratio = losses.kl.k1(*pair)
+        experience = Experience(
+            transcript=transcript,
+            old_logprobs=learner.logprobs,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+            sequence_kl=log_ratio.sum(axis=1),
+        )
+        gap = losses.kl.absolute(learner.logprobs, samples.logprobs, mask)
+        penalty = -state.kl_coef * masked.sum(kl, mask, axis=1)
+        metrics = {
+            "reward/kl_penalty": penalty.mean(),
+            "reward/with_kl": (scores + penalty).mean(),
+            "kl/sequence": experience.sequence_kl.mean(),
+            "kl/token": masked.mean(log_ratio, mask),
+            "kl/token_k3": masked.mean(losses.kl.k3(*pair), mask),
+            "kl/coef": state.kl_coef,
+            "policy/entropy": masked.mean(learner.entropy, mask),
+            "rollout/logprob_gap_mean": masked.mean(gap, mask),
+            "rollout/logprob_gap_max": gap.max(),
+            "value/mean": masked.mean(values, mask),
+            "value/return_mean": masked.mean(returns, mask),
+            "value/return_std": jnp.sqrt(masked.var(returns, mask)),
+            "value/explained_variance": 1.0
+            - masked.var(returns - values, mask)
+            / jnp.maximum(masked.var(returns, mask), 1e-8),
+        }
+        return experience, metrics
+
+    return assess
+
+
+def make_loss(models: Models, config: ConfigDict) -> Callable:
+    """Builds `loss(params, rows, count) -> (loss, sums)` of one micro-batch (step 5).
+
+    `count` is the number of real tokens of the whole minibatch, so that the losses of
+    its micro-batches add up to the loss of the minibatch.
+    """
+    ppo, speak = config.ppo, make_speak(models, config)
+
+    def loss(params: Networks, rows: Experience, count):
+        mask = rows.transcript.mask
+        learner = speak(params.policy, rows.transcript)
+        values = values_of(models, params.critic, rows.transcript, learner.hidden)
+        policy_loss, policy = losses.clipped_surrogate(
+            learner.logprobs,
+            rows.old_logprobs,
+            rows.advantages,
+            mask,
+            clip_low=ppo.clip_low,
+            clip_high=ppo.clip_high,
+            dual_clip=ppo.dual_clip or None,
+        )
+        value_loss, value_clipped = losses.clipped_value_loss(
+            values, rows.values, rows.returns, mask, clip_range=ppo.value_clip or None
+        )
+        total = lambda x: masked.sum(x, mask) / count
+        sums = {
+            "policy/loss": total(policy_loss),
+            "policy/approx_kl": total(policy.approx_kl),
+            "policy/clip_fraction": total(policy.clipped),
+            "policy/ratio_mean": total(policy.ratio),
+            "policy/entropy_learner": total(learner.entropy),
+            "value/loss": total(value_loss),
+            "value/clip_fraction": total(value_clipped),
+            "value/error": total(jnp.square(values - rows.returns)),
+        }
+        objective = (
+            sums["policy/loss"]
+            + ppo.value_coef * sums["value/loss"]
+            - ppo.entropy_coef * sums["policy/entropy_learner"]
+        )
+        sums["loss"] = objective
+        deviation = jnp.where(mask, jnp.abs(policy.ratio - 1.0), 0.0)
+        return objective, (sums, {"policy/ratio_deviation": deviation.max()})
+
+    return loss
+
+
+def make_update(
+    models: Models, config: ConfigDict, optimizer: optax.GradientTransformation
+) -> Callable:
+    """Builds `update(state, experience, order) -> (state, metrics)` (steps 5 and 6).
+
+    `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
+    epochs. The state is donated. Past `target_kl` the remaining minibatches change
+    nothing.
+    """
+    ppo = config.ppo
+    grad_loss = jax.grad(make_loss(models, config), has_aux=True)
+
+    def gradients(params: Networks, rows: Experience):
+        count = jnp.maximum(rows.transcript.mask.sum(), 1)
+        micro = jax.tree.map(
+            lambda x: x.reshape(ppo.accumulation, -1, *x.shape[1:]), rows
+        )
+
+        def add(grads, rows):
+            new, (sums, maxima) = grad_loss(params, rows, count)
+            return jax.tree.map(jnp.add, grads, new), (sums, maxima)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, (sums, maxima) = jax.lax.scan(add, zeros, micro)
+        metrics = jax.tree.map(jnp.sum, sums) | jax.tree.map(jnp.max, maxima)
+        metrics["policy/grad_norm"] = optax.tree.norm(grads.policy)
+        metrics["value/grad_norm"] = optax.tree.norm(grads.critic)
+        return grads, metrics
+
+    def learn(experience, carry, index):
+        params, opt_state, stopped = carry
+        grads, metrics = gradients(params, jax.tree.map(lambda x: x[index], experience))
+        updates, stepped = optimizer.update(grads, opt_state, params)
+        moved = optax.apply_updates(params, updates)
+        if ppo.target_kl:
+            # The gate looks at what earlier steps have done, before the step.
+            stopped |= metrics["policy/approx_kl"] > ppo.target_kl
+            keep = lambda old, new: jnp.where(stopped, old, new)
+            moved = jax.tree.map(keep, params, moved)
+            stepped = jax.tree.map(keep, opt_state, stepped)
+        return (moved, stepped, stopped), metrics | {"taken": ~stopped}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, experience: Experience, order: jax.Array):
+        carry = Networks(state.policy, state.critic), state.opt_state, jnp.bool_(False)
+        (params, opt_state, _), steps = jax.lax.scan(
+            functools.partial(learn, experience),
+            carry,
+            order.reshape(-1, order.shape[-1]),
+        )
+        kl_coef = state.kl_coef
+        if ppo.adaptive_kl.target:
+            kl_coef = losses.adaptive_kl_coef(
+                kl_coef,
+                experience.sequence_kl.mean(),
+                target=ppo.adaptive_kl.target,
+                horizon=ppo.adaptive_kl.horizon,
+                num_samples=config.rollout.prompts,
+            )
+        state = State(params.policy, params.critic, opt_state, kl_coef)
+        return state, online.summarize_steps(steps) | {
+            f"optimizer/{part}_lr": learning_rate(opt_state.inner_states[part])
+            for part in Networks._fields
+        }
+
+    return update
+
+
+def validate(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a `UserError` for settings that cannot work together."""
+    online.check_rollout(config)
+    online.check_minibatches(config, config.ppo, mesh)
+    if config.ppo.kl_estimator not in losses.kl.ESTIMATORS:
+        raise UserError(
+            f"config.ppo.kl_estimator={config.ppo.kl_estimator!r} is unknown; take one "
+            f"of {', '.join(losses.kl.ESTIMATORS)}"
+        )
+    if config.rollout.temperature <= 0:
+        raise UserError(
+            f"config.rollout.temperature={config.rollout.temperature} must be above 0: "
+            "PPO learns from samples, and greedy decoding draws none"
+        )
+
+
+def make_state(
+    config: ConfigDict, policy: loading.Loaded, mesh: Mesh
+) -> tuple[Models, State, optax.GradientTransformation]:
+    """The two networks, and the optimizer with its fresh state."""
+    critic_model, critic = loading.load_critic(config, policy, mesh)
+    params = Networks(policy.params, critic)
+    steps = config.total_phases * config.ppo.epochs * config.ppo.minibatches
+    lrs = {"policy": config.optimizer.lr, "critic": config.optimizer.critic_lr}
+    optimizer = optax.multi_transform(
+        {part: make_optimizer(config.optimizer, lr, steps) for part, lr in lrs.items()},
+        Networks("policy", "critic"),
+    )
+    opt_state = loading.init_optimizer(optimizer, params, mesh)
+    kl_coef = np.float32(config.ppo.kl_coef)
+    kl_coef = sharding.to_devices(kl_coef, sharding.replicated(mesh))
+    state = State(policy.params, critic, opt_state, kl_coef)
+    return Models(policy.model, critic_model), state, optimizer
+
+
+def make_phase(
+    config: ConfigDict,
+    mesh: Mesh,
+    models: Models,
+    optimizer: optax.GradientTransformation,
+    sample: Sampler,
+    rewards: Sequence[Reward],
+    prompts: Prompts,
+    reference: Any,
+) -> Callable:
+    """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 6."""
+    assess = make_assess(models, config)
+    update = make_update(models, config, optimizer)
+    batch, ppo = config.rollout.prompts, config.ppo
+
+    def run_phase(state, phase):
+        started = time.perf_counter()
+        taken = phase_batch(prompts, phase - 1, batch_size=batch, seed=config.seed)
+        key = online.branch_key(config.seed, online.SAMPLING, phase)
+        rollout = sample(state.policy, taken.texts, key, range(batch))
+        sampled = time.perf_counter()
+        total, parts = score_all(
+            rewards, taken.texts, rollout.responses, **taken.columns
+        )
+        scored = time.perf_counter()
+        scores = sharding.to_devices(total, sharding.rows(mesh))
+        experience, metrics = assess(
+            state, reference, rollout.transcript, rollout.samples, scores
+        )
+        order = online.minibatch_order(
+            online.branch_key(config.seed, online.ORDER, phase),
+            batch,
+            ppo.epochs,
+            ppo.minibatches,
+        )
+        state, learned = update(state, experience, order)
+        kl = sharding.to_host(experience.sequence_kl)
+        scores = name_scores(total, parts)
+        rows = records(rollout, scores, kl, split="train", seed=config.seed)
+        metrics |= learned | online.rollout_metrics(rows, total, parts)
+        metrics |= {
+            "time/rollout_s": sampled - started,
+            "time/reward_s": scored - sampled,
+            "time/tokens_per_s": sum(r["tokens"] for r in rows) / (sampled - started),
+        }
+        return state, metrics, rows
+
+    return run_phase
+
+
+def run(config: ConfigDict) -> None:
+    """Trains a policy in `config.workdir`, or goes on where that run stopped."""
+    console = progress.make_console()
+    mesh = sharding.make_mesh(**config.mesh)
+    validate(config, mesh)
+    files = common.open_workdir(config)
+    with jax.set_mesh(mesh):
+        policy = loading.load_model(config.model, config, mesh)
+        tokenizer = loading.load_run_tokenizer(config, console)
+        rewards = build_rewards(config.rewards, mesh=mesh)
+        sample = online.make_sampler(config, policy.model, tokenizer, mesh)
+        prompts, heldout = online.load_both(
+            config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens
+        )
+        models, state, optimizer = make_state(config, policy, mesh)
+        reference = loading.copy(policy.params)
+        shown = {"policy": state.policy, "critic": state.critic}
+        common.print_plan(console, config, mesh, shown)
+        evaluate = online.make_evaluation(
+            config, mesh, policy.model, sample, rewards, heldout
+        )
+        run_phase = make_phase(
+            config, mesh, models, optimizer, sample, rewards, prompts, reference
+        )
+        hooks = common.Hooks(
+            run_phase=run_phase,
+            evaluate=lambda state: evaluate(state.policy, reference),
+            fields=online.FIELDS,
+            panels=online.PANELS,
+            headline=online.headline(config.judges),
+        )
+        state = common.run_loop(config, files, console, state, hooks)
+        loading.export(files, policy, state.policy, tokenizer)
+        common.close_run(files, console, hooks, f"PPO: {config.workdir}")

@@ -1,0 +1,78 @@
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.trainers import online
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["one two three four five"] * 3, 300)
+
+
+def data(train, heldout):
+    return ConfigDict(
+        {
+            "train": str(train),
+            "heldout": str(heldout),
+            "column": "",
+            "extra_columns": (),
+            "prefix_words": 0,
+            "prefix_tokens": 0,
+            "limit": 0,
+            "heldout_limit": 0,
+            "seed": 0,
+        }
+    )
+
+
+def write(path, count, word):
+    path.write_text("".join(f"{word} {i}\n" for i in range(count)))
+    return path
+
+
+def test_two_files_are_taken_whole(tmp_path, tokenizer):
+    config = data(
+        write(tmp_path / "a.txt", 30, "one"), write(tmp_path / "b.txt", 20, "two")
+    )
+    train, heldout = online.load_both(config, tokenizer, prompt_tokens=16)
+    assert sorted(train.texts) == sorted(f"one {i}" for i in range(30))
+    assert sorted(heldout.texts) == sorted(f"two {i}" for i in range(20))
+
+
+def test_one_file_for_both_is_split(tmp_path, tokenizer):
+    path = write(tmp_path / "a.txt", 200, "one")
+    train, heldout = online.load_both(data(path, path), tokenizer, prompt_tokens=16)
+    assert not set(train.texts) & set(heldout.texts)
+    assert len(train.texts) + len(heldout.texts) == 200
+    assert 8 <= len(heldout.texts) <= 35  # a tenth, by hash
+
+
+def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n" + "two three four five " * 10 + "\n")
+    other = write(tmp_path / "b.txt", 3, "one")
+    with pytest.raises(UserError, match="more than the 16 allowed"):
+        online.load_both(data(path, other), tokenizer, prompt_tokens=16)
+
+
+def test_each_epoch_is_a_permutation_and_no_two_are_alike():
+    key = online.branch_key(0, online.ORDER, 1)
+    order = np.asarray(online.minibatch_order(key, 32, 3, 4))
+    assert order.shape == (3, 4, 8)
+    for epoch in order:
+        assert sorted(epoch.ravel()) == list(range(32))
+    assert not np.array_equal(order[0], order[1])
+
+
+def test_branches_and_phases_have_keys_of_their_own():
+    seen = {
+        tuple(jax.random.key_data(online.branch_key(seed, branch, phase)).tolist())
+        for seed in (0, 1)
+        for branch in (online.SAMPLING, online.ORDER, online.HELDOUT)
+        for phase in (0, 1, 2)
+    }
+    assert len(seen) == 18

@@ -1,0 +1,86 @@
+"""The policy that ships with the package: a language model trained from nothing.
+
+    python -m rlhf_jax.train --config=configs/builtin_policy.py
+
+Trains a tokenizer and a small Llama on the human-rated sentences of
+`rlhf_jax.data.reviews`, which are downloaded once. Copy `export/` of the run to
+`rlhf_jax/builtin/policy` to ship it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "algorithm": "sft",
+            "workdir": "runs/builtin_policy",
+            "seed": 0,
+            "total_phases": 20,
+            # A dict in place of a name: a model to make, as transformers configures it.
+            "model": {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "vocab_size": 2048,
+                "hidden_size": 128,
+                "intermediate_size": 352,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 256,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "hidden_act": "silu",
+                "tie_word_embeddings": True,
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+                "bos_token_id": None,
+            },
+            "tokenizer": "train",  # on the training texts, with the model's vocabulary
+            "dropout": 0.0,
+            "dtype": "float32",
+            "remat": True,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "data": {
+                "source": "builtin:reviews",
+                "domains": ("movie", "product", "news", "tweet"),
+            },
+            "sequence_tokens": 40,
+            "learning": {"batch": 32, "steps_per_phase": 100},
+            "optimizer": {
+                "name": "adam",
+                "lr": 3e-3,
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,
+                "schedule": "cosine",
+                "warmup_steps": 200,
+            },
+            # What the sample texts of the log continue.
+            "prompts": {
+                "train": "builtin",
+                "heldout": "builtin",
+                "column": "",
+                "extra_columns": (),
+                "prefix_words": 0,
+                "prefix_tokens": 0,
+                "limit": 0,
+                "heldout_limit": 8,
+                "seed": 0,
+            },
+            "rollout": {
+                "prompt_tokens": 12,
+                "max_new_tokens": 32,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+            },
+            "logprob_chunk": 0,
+            "evaluate_every": 5,
+            "samples_every": 10,
+            "checkpoint": {"every": 10, "keep": 2, "keep_every": 0},
+            "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
+        }
+    )

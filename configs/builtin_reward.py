@@ -1,0 +1,55 @@
+"""The reward model that ships with the package, from what people think of sentences.
+
+    python -m rlhf_jax.train --config=configs/builtin_reward.py
+
+Starts from the policy of `configs/builtin_policy.py` and learns to tell which of two
+sentences people rated higher, with the raters' probability as soft label. Held-out
+pairs share their first words, and none of their sentences is in the training split.
+Copy `export/` of the run to `rlhf_jax/builtin/reward` to ship it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "algorithm": "reward_model",
+            "workdir": "runs/builtin_reward",
+            "seed": 0,
+            "total_phases": 16,
+            "model": "builtin",
+            "tokenizer": "",
+            "dropout": 0.1,
+            "dtype": "float32",
+            "remat": True,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "data": {
+                "source": "builtin:reviews",
+                "domains": ("movie", "product"),
+                "rounds": 6,  # random comparisons of each sentence, besides the pairs
+            },
+            "sequence_tokens": 48,
+            "learning": {
+                "batch": 32,
+                "steps_per_phase": 50,
+                "soft_labels": True,
+                "centering": 0.01,
+            },
+            "optimizer": {
+                "name": "adam",
+                "lr": 5e-4,
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,
+                "schedule": "cosine",
+                "warmup_steps": 50,
+            },
+            "evaluate_every": 2,
+            "samples_every": 0,
+            "checkpoint": {"every": 8, "keep": 2, "keep_every": 0},
+            "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
+        }
+    )

@@ -1,0 +1,95 @@
+"""PPO on a small language model, offline: the library's main job.
+
+    python -m rlhf_jax.train --config=configs/ppo.py
+
+The policy and the reward model ship with the package (see rlhf_jax/builtin/README.md):
+the policy continues openings of reviews, the reward model was trained on what people
+think of such sentences. Another model, or other prompts, are a flag away:
+
+    --config.model=gpt2  --config.data.train=my_prompts.jsonl  --config.seed=1
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "algorithm": "ppo",
+            "workdir": "runs/ppo",
+            "seed": 0,
+            "total_phases": 30,
+            # The policy and its tokenizer: "builtin", a directory, or a hub id.
+            "model": "builtin",
+            "tokenizer": "",
+            "dtype": "float32",  # or "bfloat16": of the computation, not the masters
+            "remat": True,  # recompute layers backwards: less memory, and faster on CPU
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
+            # Prompts: "builtin", a file, a hub's data set, "tfds:..."
+            "data": {
+                "train": "builtin",
+                "heldout": "builtin",
+                "column": "",  # "": "prompt", or else "text"
+                "extra_columns": (),  # handed to the rewards by name
+                "prefix_words": 0,
+                "prefix_tokens": 0,
+                "limit": 0,
+                "heldout_limit": 128,
+                "seed": 0,
+            },
+            "rollout": {
+                "prompts": 64,  # a phase
+                "prompt_tokens": 12,
+                "max_new_tokens": 32,
+                "temperature": 0.7,
+                "top_k": 0,
+                "top_p": 1.0,
+            },
+            # name -> source and weight; the reward is the weighted sum.
+            "rewards": {"human": {"source": "builtin:reward", "weight": 1.0}},
+            # Measured on held-out prompts only, never trained on.
+            "judges": {"vader": {"source": "vader", "weight": 1.0}},
+            "critic": {
+                "shared": False,  # True: a value head on the policy's own trunk
+                "source": "policy",  # or a model of its own: "builtin:reward", a path
+            },
+            "ppo": {
+                "epochs": 4,
+                "minibatches": 2,
+                "accumulation": 1,
+                "clip_low": 0.2,
+                "clip_high": 0.2,
+                "dual_clip": 0.0,  # 0: off
+                "value_clip": 0.2,  # 0: off
+                "value_coef": 0.1,
+                "entropy_coef": 0.0,
+                "gamma": 1.0,
+                "lam": 0.95,
+                "whiten_rewards": False,
+                "whiten_advantages": True,
+                "score_clip": 0.0,  # 0: off
+                "missing_eos_penalty": 0.0,
+                "kl_estimator": "k1",  # k1, k2, k3, abs
+                "kl_coef": 0.2,
+                "adaptive_kl": {"target": 0.0, "horizon": 10_000.0},  # target 0: fixed
+                "target_kl": 0.0,  # stop a phase's epochs beyond it; 0: off
+            },
+            "optimizer": {
+                "name": "adam",  # or "adam_tf", TensorFlow's place for eps
+                "lr": 1.5e-4,
+                "critic_lr": 1e-3,
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-5,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "schedule": "linear",  # constant, linear, cosine
+                "warmup_steps": 0,
+            },
+            "logprob_chunk": 0,  # tokens of a row whose logits exist at a time; 0: all
+            "evaluate_every": 10,  # phases; 0: at the start and the end
+            "samples_every": 10,
+            "checkpoint": {"every": 10, "keep": 0, "keep_every": 0},  # keep 0: all
+            "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
+        }
+    )

@@ -85,12 +85,13 @@ def test_a_response_follows_its_index(sample, params, mesh, rollout):
 def test_records(rollout):
     scores = {"reward": np.arange(8.0), "reward/vader": np.ones(8, np.float32)}
     kl = np.linspace(0, 1, 8).astype(np.float32)
-    rows = records(rollout, scores, kl, seed=5)
+    rows = records(rollout, scores, kl, split="train", seed=5)
     assert len(rows) == 8
     mask = np.asarray(rollout.samples.mask)
     finished = np.asarray(rollout.samples.finished)
     for i, row in enumerate(rows):
         assert row == {
+            "split": "train",
             "prompt": PROMPTS[i],
             "response": rollout.responses[i],
             "reward": float(i),

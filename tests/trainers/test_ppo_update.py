@@ -231,7 +231,9 @@ def test_kl_and_reward_metrics():
     scores = arrays["scores"] - 0.5 * ~arrays["finished"]
     penalty = 0.1 * experience.sequence_kl.mean()
     assert abs(experience.sequence_kl).max() > 0.1
-    np.testing.assert_allclose(metrics["kl/sequence"], experience.sequence_kl.mean())
+    np.testing.assert_allclose(
+        metrics["kl/sequence"], experience.sequence_kl.mean(), rtol=1e-6
+    )
     np.testing.assert_allclose(metrics["reward/kl_penalty"], -penalty, rtol=1e-5)
     np.testing.assert_allclose(
         metrics["reward/with_kl"], scores.mean() - penalty, rtol=1e-5

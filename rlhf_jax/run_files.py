@@ -76,6 +76,9 @@ def open_run(
 ) -> RunFiles:
     """Makes the run folder, or finds the same run in it to go on with.
 
+    A try that failed before its first phase is no run yet, and binds nobody to its
+    config.
+
     Args:
       workdir: The folder, `runs/<name>`.
       config: The whole configuration, nested dicts of JSON values.
@@ -90,7 +93,7 @@ def open_run(
     try:
         files.workdir.mkdir(parents=True, exist_ok=True)
         if files.config.exists():
-            _check_same(files.config, new, may_change)
+            _check_same(files, new, may_change)
         if _writes():
             _replace(files.config, json.dumps(new, indent=2, sort_keys=True) + "\n")
     except OSError as error:
@@ -258,8 +261,9 @@ def _read_rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _check_same(path: pathlib.Path, new: dict, may_change: Sequence[str]) -> None:
-    """Raises UserError if the config on disk differs in a key that may not change."""
+def _check_same(files: RunFiles, new: dict, may_change: Sequence[str]) -> None:
+    """Raises UserError if the run's config differs in a key that may not change."""
+    path = files.config
     try:
         old = dict(_leaves(json.loads(path.read_text("utf-8"))))
     except (ValueError, AttributeError) as error:
@@ -267,6 +271,8 @@ def _check_same(path: pathlib.Path, new: dict, may_change: Sequence[str]) -> Non
             f"{path} is not a configuration ({error}); choose another workdir, or "
             f"delete {path.parent} to start afresh"
         ) from error
+    if "algorithm" in old and not files.metrics.exists():
+        return
     now = dict(_leaves(new))
     free = tuple(f"{key}." for key in may_change)
     differ = [

@@ -44,8 +44,23 @@ def test_the_same_config_goes_on(tmp_path):
     assert len(run_files.read_metrics(files.workdir)) == 2
 
 
-def test_another_config_is_a_sentence(tmp_path):
+def test_a_try_before_the_first_phase_binds_nobody(tmp_path):
     files = make_run(tmp_path)
+    other = CONFIG | {"seed": 1}
+    run_files.open_run(files.workdir, other)
+    assert json.loads(files.config.read_text()) == other
+
+
+def test_the_config_of_something_else_stays(tmp_path):
+    """As a model's directory has one, given as the workdir by mistake."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="holds a run with another configuration"):
+        run_files.open_run(tmp_path, CONFIG)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_another_config_is_a_sentence(tmp_path):
+    files = make_run(tmp_path, phases=1)
     before = files.config.read_text()
     other = {
         "algorithm": "ppo",
@@ -65,7 +80,7 @@ def test_another_config_is_a_sentence(tmp_path):
 
 
 def test_keys_that_may_change_are_taken_over(tmp_path):
-    files = make_run(tmp_path)
+    files = make_run(tmp_path, phases=1)
     changed = CONFIG | {"workdir": "b", "log": {"every": 9}}
     run_files.open_run(files.workdir, changed, may_change=("workdir", "log"))
     assert json.loads(files.config.read_text()) == changed

@@ -202,11 +202,17 @@ def test_run_folder_that_cannot_be_made(fails, tmp_path):
 
 
 def test_resume_with_another_config(fails, world, tmp_path):
-    """The first try fails behind the config, so it costs no training."""
     fails(model="/nowhere")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"phase": 0}\n', "utf-8")
     message = fails(model=str(world.policy), ppo__kl_coef=0.5)
     assert f"{tmp_path / 'run'} holds a run with another configuration" in message
     assert "ppo.kl_coef was 0.02 and is now 0.5" in message
+
+
+def test_a_try_that_failed_at_once_is_no_run(fails, tmp_path):
+    """A mended command goes on in the same folder."""
+    fails(model="/nowhere")
+    assert "/elsewhere is not a model directory" in fails(model="/elsewhere")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])

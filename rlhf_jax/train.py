@@ -9,6 +9,7 @@ The same command again goes on where a stopped run was, bit for bit.
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -42,13 +43,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """absl's parser, with a sentence in place of its tracebacks."""
     try:
         left = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise UserError(
+                f"--{error.flagname} needs the config file that it changes: give "
+                "--config=configs/ppo.py, or another, before it"
+            ) from error
+        raise UserError(_sentence(error)) from error
     except flags.Error as error:
         where = "the config cannot be read: " if "Traceback" in str(error) else ""
         raise UserError(where + _sentence(error)) from error
     except (AttributeError, KeyError) as error:
-        raise UserError(
-            f"the command line does not fit the config: {_sentence(error.args[0])}"
-        ) from error
+        raise UserError(_unknown_setting(argv, str(error.args[0]))) from error
     except Exception as error:  # a config file is a program: it may raise anything
         raise UserError(f"the config cannot be read: {_sentence(error)}") from error
     if left[1:]:
@@ -56,6 +62,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
             f"unknown argument {left[1]!r}; settings are given as --config.name=value"
         )
     return left
+
+
+def _unknown_setting(argv: Sequence[str], message: str) -> str:
+    """A sentence in place of ml_collections' own, which quotes one part of the name."""
+    quoted = re.findall(r"['\"](\w+)['\"]", message.replace("\\", ""))
+    missing, nearest = (*quoted, "", "")[:2]
+    given = (part.partition("=")[0] for part in argv if part.startswith("--config."))
+    flag = next((name for name in given if missing in name.split(".")), missing)
+    hint = f"did you mean {nearest!r}?" if nearest else "see the config file for names"
+    return f"{flag}: the config has no setting {missing!r}; {hint}"
 
 
 def _loaded(config) -> ConfigDict:

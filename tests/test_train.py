@@ -50,8 +50,18 @@ def test_unknown_key_names_the_nearest():
     assert "kl_coef" in line.replace("kl_coeff", "")
 
 
+def test_unknown_key_without_a_near_one():
+    line = complaint(PPO, "--config.ppo.clip_ratio=0.3")
+    assert "--config.ppo.clip_ratio: the config has no setting 'clip_ratio'" in line
+
+
 def test_unknown_section():
     assert "pppo" in complaint(PPO, "--config.pppo.kl_coef=0.1")
+
+
+def test_setting_without_a_config_file():
+    line = complaint("--config.seed=1")
+    assert "--config.seed needs the config file" in line
 
 
 def test_value_of_another_type():

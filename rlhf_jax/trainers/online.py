@@ -65,7 +65,7 @@ def branch_key(seed: int, branch: int, phase: int) -> jax.Array:
 
 
 def check_rollout(config: ConfigDict) -> None:
-    """Raises a `UserError` for sizes and truncations that make no sense."""
+    """Raises a `UserError` for a rollout that nothing could be learned from."""
     rollout = config.rollout
     for name, value in (
         ("total_phases", config.total_phases),
@@ -75,6 +75,11 @@ def check_rollout(config: ConfigDict) -> None:
     ):
         if value < 1:
             raise UserError(f"config.{name}={value} must be at least 1")
+    if rollout.temperature <= 0:
+        raise UserError(
+            f"config.rollout.temperature={rollout.temperature} must be above 0: "
+            f"{config.algorithm} learns from samples, and greedy decoding draws none"
+        )
     if not 0 < rollout.top_p <= 1:
         raise UserError(
             f"config.rollout.top_p={rollout.top_p} must be above 0 and at most 1 "

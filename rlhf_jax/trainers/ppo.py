@@ -196,6 +196,7 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
             "policy/approx_kl": total(policy.approx_kl),
             "policy/clip_fraction": total(policy.clipped),
             "policy/ratio_mean": total(policy.ratio),
+            "policy/ratio_var": total(jnp.square(policy.ratio - 1.0)),
             "policy/entropy_learner": total(learner.entropy),
             "value/loss": total(value_loss),
             "value/clip_fraction": total(value_clipped),
@@ -207,8 +208,8 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
             - ppo.entropy_coef * sums["policy/entropy_learner"]
         )
         sums["loss"] = objective
-        deviation = jnp.where(mask, jnp.abs(policy.ratio - 1.0), 0.0)
-        return objective, (sums, {"policy/ratio_deviation": deviation.max()})
+        deviation = jnp.abs(policy.ratio - 1.0).max()
+        return objective, (sums, {"policy/ratio_deviation": deviation})
 
     return loss
 
@@ -290,11 +291,6 @@ def validate(config: ConfigDict, mesh: Mesh) -> None:
             f"config.ppo.kl_estimator={config.ppo.kl_estimator!r} is unknown; take one "
             f"of {', '.join(losses.kl.ESTIMATORS)}"
         )
-    if config.rollout.temperature <= 0:
-        raise UserError(
-            f"config.rollout.temperature={config.rollout.temperature} must be above 0: "
-            "PPO learns from samples, and greedy decoding draws none"
-        )
 
 
 def make_state(
@@ -357,6 +353,7 @@ def make_phase(
         rows = records(rollout, scores, kl, split="train", seed=config.seed)
         metrics |= learned | online.rollout_metrics(rows, total, parts)
         metrics |= {
+            "episodes": phase * batch,
             "time/rollout_s": sampled - started,
             "time/reward_s": scored - sampled,
             "time/tokens_per_s": sum(r["tokens"] for r in rows) / (sampled - started),

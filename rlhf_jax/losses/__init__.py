@@ -11,7 +11,12 @@ over micro-batches and devices, and divide once.
 
 from rlhf_jax.losses import kl, masked
 from rlhf_jax.losses.advantages import gae
-from rlhf_jax.losses.logprobs import logprobs_from_logits, token_logprobs
+from rlhf_jax.losses.logprobs import (
+    TopTokens,
+    logprobs_from_logits,
+    token_logprobs,
+    top_logprobs,
+)
 from rlhf_jax.losses.masked import sum_and_count, whiten
 from rlhf_jax.losses.policy import (
     PolicyDiagnostics,
@@ -26,6 +31,7 @@ from rlhf_jax.losses.supervised import next_token_loss
 
 __all__ = [
     "PolicyDiagnostics",
+    "TopTokens",
     "adaptive_kl_coef",
     "bradley_terry",
     "clipped_surrogate",
@@ -39,5 +45,6 @@ __all__ = [
     "next_token_loss",
     "sum_and_count",
     "token_logprobs",
+    "top_logprobs",
     "whiten",
 ]

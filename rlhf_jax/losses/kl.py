@@ -1,12 +1,16 @@
 """Estimates of KL(π ‖ π_ref) from the log-probabilities of sampled tokens.
 
-B sequences, T tokens. d = log π(y) − log π_ref(y), with y drawn from π. Every estimate
-is a positive number where π has drifted from π_ref, whichever estimator is chosen.
+B sequences, T tokens, D model, V vocabulary. d = log π(y) − log π_ref(y), with y drawn
+from π. Every estimate is a positive number where π has drifted from π_ref, whichever
+estimator is chosen.
 
 As a *reward* (no gradient) k1 and k3 are unbiased. As a *loss* the value and the
 gradient are two questions: the gradient of k1 has mean zero, that of k3 leads to the
 other KL, KL(π_ref ‖ π), and that of k2 is the right one on fresh samples.
 `straight_through` joins the value of any estimate with the gradient of k2.
+
+`exact` needs no samples of its own: it sums over the vocabulary at each position of the
+sequences at hand, from hidden states.
 
 Use as a module: `kl.k3(logprobs, ref_logprobs, mask)`.
 """
@@ -14,7 +18,20 @@ Use as a module: `kl.k3(logprobs, ref_logprobs, mask)`.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import boolean, check_same_shape, float32
+from rlhf_jax.losses._checks import (
+    boolean,
+    check_rank,
+    check_same_shape,
+    check_shape,
+    float32,
+)
+from rlhf_jax.losses._chunks import (
+    cap_and_scale,
+    count_chunks,
+    make_options,
+    map_chunks,
+    unembed,
+)
 
 # exp(20) is 4.9e8. A larger log-ratio comes from a broken sample, not from learning,
 # and overflows float32 from 88 on. The same bound as in OpenRLHF and verl.
@@ -188,6 +205,124 @@ def estimate(
     if not estimator.endswith("+"):
         return value
     return straight_through(value, logprobs, ref_logprobs, mask)
+
+
+def exact(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    ref_hidden: jax.Array,
+    ref_unembedding: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    temperature: float,
+    chunk_size: int | None,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """KL(π ‖ π_ref) of the next token, summed over the vocabulary, at each position.
+
+    zᵥ = cap(h·Wᵥ) / τ,   KL = Σᵥ π(v) (log π(v) − log π_ref(v))
+
+    Its value has no sampling noise a token and its gradient is exact for the states
+    visited; how π changes which states are visited is left out. The two models may
+    differ in width and must share the vocabulary.
+
+    Args:
+      hidden: float [B, T, D] of π, after the final norm.
+      unembedding: float [V, D] of π.
+      ref_hidden: float [B, T, D'] of π_ref.
+      ref_unembedding: float [V, D'] of π_ref.
+      mask: bool [B, T], True = a real token; None when all are real.
+      temperature: τ, a Python number above 0, of both.
+      chunk_size: tokens of each sequence whose logits exist at a time, in the forward
+        and in the backward pass; None for all.
+      logit_softcap: s, a Python number, of both; None for no cap.
+
+    Returns:
+      float32 [B, T] in nats, not below 0 but for round-off; zero in masked slots.
+
+    Raises:
+      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+
+    References:
+      Kullback and Leibler 1951, equation 2.4, https://doi.org/10.1214/aoms/1177729694
+    """
+    check_rank("B T D", hidden=hidden, ref_hidden=ref_hidden)
+    check_rank("V D", unembedding=unembedding, ref_unembedding=ref_unembedding)
+    B, T, D = hidden.shape
+    V = unembedding.shape[0]
+    check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
+    D_ref = ref_hidden.shape[-1]
+    check_shape("ref_hidden", ref_hidden, (B, T, D_ref), "the [B, T] of hidden")
+    check_shape("ref_unembedding", ref_unembedding, (V, D_ref), "the V of unembedding")
+    options = make_options(temperature, logit_softcap)
+    options = options._replace(num_chunks=count_chunks(chunk_size, T))
+
+    def chunk(h, h_ref):
+        z = unembed(h, unembedding.astype(h.dtype))
+        z_ref = unembed(h_ref, ref_unembedding.astype(h_ref.dtype))
+        return _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
+
+    if mask is None:
+        return map_chunks(chunk, options, hidden, ref_hidden)
+    check_shape("mask", mask, (B, T), "the [B, T] of hidden")
+    mask = boolean(mask)
+    states = (
+        jnp.where(mask[..., None], h, jnp.zeros_like(h)) for h in (hidden, ref_hidden)
+    )
+    return jnp.where(mask, map_chunks(chunk, options, *states), 0.0)
+
+
+def exact_from_logits(
+    logits: jax.Array,
+    ref_logits: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    temperature: float,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """KL(π ‖ π_ref) of the next token at each position, from logits.
+
+    zᵥ = cap(lᵥ) / τ,   KL = Σᵥ π(v) (log π(v) − log π_ref(v))
+
+    A token that π never draws (logit −inf) adds nothing; one that only π_ref never
+    draws makes it inf.
+
+    Args:
+      logits: float [B, T, V] of π.
+      ref_logits: float [B, T, V] of π_ref.
+      mask: bool [B, T], True = a real token; None when all are real.
+      temperature: τ, a Python number above 0, of both.
+      logit_softcap: s, for logits that are not capped yet; None for no cap.
+
+    Returns:
+      float32 [B, T] in nats; zero in masked slots.
+
+    Raises:
+      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+
+    References:
+      As `exact`.
+    """
+    check_rank("B T V", logits=logits)
+    check_same_shape(logits=logits, ref_logits=ref_logits)
+    options = make_options(temperature, logit_softcap)
+    z, z_ref = float32(logits), float32(ref_logits)
+    if mask is None:
+        return _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
+    check_shape("mask", mask, logits.shape[:2], "the [B, T] of logits")
+    mask = boolean(mask)
+    z, z_ref = (jnp.where(mask[..., None], x, 0.0) for x in (z, z_ref))
+    kl = _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
+    return jnp.where(mask, kl, 0.0)
+
+
+def _divergence(z, z_ref):
+    """Σᵥ pᵥ (log pᵥ − log qᵥ) over the last axis of float32 logits."""
+    logp, logq = jax.nn.log_softmax(z), jax.nn.log_softmax(z_ref)
+    # 0·(−inf) is nan, and so is its gradient: what is never drawn adds nothing.
+    drawn = z > -jnp.inf
+    difference = jnp.where(drawn, jnp.where(drawn, logp, 0.0) - logq, 0.0)
+    return (jnp.where(drawn, jnp.exp(logp), 0.0) * difference).sum(-1)
 
 
 def _log_ratio(logprobs, ref_logprobs, mask):

@@ -6,9 +6,6 @@ Of all arrays in the training of a language model the logits `[B, T, V]` are the
 largest, and a loss needs two numbers of each row. `token_logprobs` goes from hidden
 states straight to the numbers, a chunk of tokens at a time, and makes the logits of a
 chunk again in the backward pass.
-
-The time axis is cut, never the batch: the batch is what a mesh shards, and a loop over
-a sharded axis would move every chunk between devices.
 """
 
 import functools
@@ -16,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses._checks import (
     boolean,
@@ -25,16 +21,26 @@ from rlhf_jax.losses._checks import (
     check_shape,
     float32,
 )
+from rlhf_jax.losses._chunks import (
+    cap_and_scale,
+    count_chunks,
+    join,
+    make_options,
+    map_chunks,
+    split,
+    unembed,
+)
 
 
-class _Options(NamedTuple):
-    """The hyper-parameters of a distribution over tokens; hashable, so static."""
+class TopTokens(NamedTuple):
+    """The likeliest tokens at each position, from the likeliest on.
 
-    temperature: float
-    logit_softcap: float | None
-    label_smoothing: float
-    num_chunks: int | None = None
-    batch_shards: int = 1
+    logprobs: float32 [B, T, k] in nats; zero in masked slots.
+    tokens: int32 [B, T, k]; zero in masked slots.
+    """
+
+    logprobs: jax.Array
+    tokens: jax.Array
 
 
 def token_logprobs(
@@ -96,12 +102,10 @@ def token_logprobs(
     V = unembedding.shape[0]
     check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
     _check_targets(targets, mask, (B, T), "the [B, T] of hidden")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more, or None.")
     if batch_shards < 1 or B % batch_shards:
         raise ValueError(f"batch_shards is {batch_shards}, expected a divisor of {B}.")
-    num_chunks = None if chunk_size is None else max(1, -(-T // chunk_size))
-    options = _make_options(temperature, logit_softcap, label_smoothing)
+    num_chunks = count_chunks(chunk_size, T)
+    options = make_options(temperature, logit_softcap, label_smoothing)
     options = options._replace(num_chunks=num_chunks, batch_shards=batch_shards)
 
     if mask is not None:
@@ -150,15 +154,74 @@ def logprobs_from_logits(
     """
     check_rank("B T V", logits=logits)
     _check_targets(targets, mask, logits.shape[:2], "the [B, T] of logits")
-    options = _make_options(temperature, logit_softcap, label_smoothing)
+    options = make_options(temperature, logit_softcap, label_smoothing)
     logits = float32(logits)
     if mask is not None:
         mask = boolean(mask)
         logits = jnp.where(mask[..., None], logits, 0.0)
     targets = jnp.asarray(targets).astype(jnp.int32)
-    z = _cap_and_scale(logits, options)
+    z = cap_and_scale(logits, options)
     logprobs, entropy, _ = _statistics(z, targets, options)
     return _finish(logprobs, entropy, targets, mask, logits.shape[-1])
+
+
+def top_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    k: int,
+    temperature: float,
+    chunk_size: int | None,
+    logit_softcap: float | None = None,
+) -> TopTokens:
+    """The k likeliest tokens at each position and their log-probabilities.
+
+    zᵥ = cap(h·Wᵥ) / τ,   log pᵥ = zᵥ − log Σᵤ exp zᵤ,   the k largest of them
+
+    What distillation keeps of a teacher and analysis of a policy: 2·k numbers a token
+    in place of V. The probability of all other tokens is 1 − Σ exp(logprobs).
+
+    Args:
+      hidden: float [B, T, D], after the final norm.
+      unembedding: float [V, D], the embedding's orientation.
+      mask: bool [B, T], True = a real token; None when all are real.
+      k: how many, 1 to V.
+      temperature: τ, a Python number above 0.
+      chunk_size: as in `token_logprobs`.
+      logit_softcap: s, a Python number; None for no cap.
+
+    Returns:
+      `TopTokens`; gradients flow to `hidden` and `unembedding` from its logprobs.
+
+    Raises:
+      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+
+    References:
+      Sparse teachers: Kim and Rush 2016, section 3, https://arxiv.org/abs/1606.07947
+    """
+    check_rank("B T D", hidden=hidden)
+    check_rank("V D", unembedding=unembedding)
+    _, T, D = hidden.shape
+    V = unembedding.shape[0]
+    check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
+    check_range("k", k, 1, V)
+    options = make_options(temperature, logit_softcap)
+    options = options._replace(num_chunks=count_chunks(chunk_size, T))
+
+    def chunk(h):
+        z = cap_and_scale(unembed(h, unembedding.astype(h.dtype)), options)
+        best, tokens = jax.lax.top_k(z, k)
+        normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        return TopTokens(best - normalizer, tokens)
+
+    if mask is None:
+        return map_chunks(chunk, options, hidden)
+    check_shape("mask", mask, hidden.shape[:2], "the [B, T] of hidden")
+    mask = boolean(mask)[..., None]
+    hidden = jnp.where(mask, hidden, jnp.zeros_like(hidden))
+    found = map_chunks(chunk, options, hidden)
+    return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros_like(x)), found)
 
 
 def _check_targets(targets, mask, expected, source):
@@ -171,35 +234,12 @@ def _check_targets(targets, mask, expected, source):
         check_shape("mask", mask, expected, source)
 
 
-def _make_options(temperature, logit_softcap, label_smoothing):
-    smallest = float(np.finfo(np.float32).tiny)
-    temperature, label_smoothing = float(temperature), float(label_smoothing)
-    check_range("temperature", temperature, smallest, float("inf"))
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    if logit_softcap is not None:
-        logit_softcap = float(logit_softcap)
-        check_range("logit_softcap", logit_softcap, smallest, float("inf"))
-    return _Options(temperature, logit_softcap, label_smoothing)
-
-
 def _finish(logprobs, entropy, targets, mask, V):
     # A label of -100 that no mask covers must not pass for a log-probability.
     logprobs = jnp.where((targets >= 0) & (targets < V), logprobs, jnp.nan)
     if mask is None:
         return logprobs, entropy
     return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
-
-
-def _unembed(hidden, unembedding):
-    return jnp.einsum(
-        "btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32
-    )
-
-
-def _cap_and_scale(logits, options):
-    if options.logit_softcap is not None:
-        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
-    return logits / options.temperature
 
 
 def _target_weights(targets, V, options):
@@ -235,14 +275,14 @@ def _forward(options, hidden, unembedding, targets):
 
     def chunk(_, inputs):
         h, y = inputs
-        logits = _unembed(h, cast)
-        statistics = _statistics(_cap_and_scale(logits, options), y, options)
+        logits = unembed(h, cast)
+        statistics = _statistics(cap_and_scale(logits, options), y, options)
         return None, (*statistics, logits if keep_logits else None)
 
-    inputs = _split(hidden, options), _split(targets, options)
+    inputs = split(hidden, options), split(targets, options)
     _, (logprobs, entropy, normalizer, logits) = jax.lax.scan(chunk, None, inputs)
     T = targets.shape[1]
-    results = _join(logprobs, T), _join(entropy, T)
+    results = join(logprobs, T), join(entropy, T)
     return results, (hidden, unembedding, targets, entropy, normalizer, logits)
 
 
@@ -262,8 +302,8 @@ def _backward(options, residuals, cotangents):
     def chunk(unembedding_grad, inputs):
         h, y, H, normalizer, logits, g_logprob, g_entropy = inputs
         if logits is None:
-            logits = _unembed(h, cast)
-        z = _cap_and_scale(logits, options)
+            logits = unembed(h, cast)
+        z = cap_and_scale(logits, options)
         logp = z - normalizer[..., None]
         p = jnp.exp(logp)
         q = _target_weights(y, z.shape[-1], options)
@@ -286,33 +326,18 @@ def _backward(options, residuals, cotangents):
         return unembedding_grad, h_grad.astype(h.dtype)
 
     inputs = (
-        *(_split(x, options) for x in (hidden, targets)),
+        *(split(x, options) for x in (hidden, targets)),
         entropy,
         normalizer,
         kept_logits,
-        *(_split(x, options) for x in cotangents),
+        *(split(x, options) for x in cotangents),
     )
     unembedding_grad, hidden_grad = jax.lax.scan(
         chunk, jnp.zeros((S, *unembedding.shape), jnp.float32), inputs
     )
     unembedding_grad = unembedding_grad.sum(0)
     T = targets.shape[1]
-    return _join(hidden_grad, T), unembedding_grad.astype(unembedding.dtype), None
+    return join(hidden_grad, T), unembedding_grad.astype(unembedding.dtype), None
 
 
 _token_logprobs.defvjp(_forward, _backward)
-
-
-def _split(x, options):
-    """[B, T, ...] -> [N, B, C, ...], with zeros appended where C does not divide T."""
-    N = options.num_chunks or 1
-    B, T = x.shape[:2]
-    C = -(-T // N)
-    x = jnp.pad(x, [(0, 0), (0, N * C - T)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
-
-
-def _join(x, T):
-    """[N, B, C, ...] -> [B, T, ...]: the inverse of `_split`."""
-    N, B, C = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(B, N * C, *x.shape[3:])[:, :T]

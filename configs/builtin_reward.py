@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
             "tokenizer": "",
             "dropout": 0.1,
             "dtype": "float32",
+            "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
             "model": "builtin",
             "tokenizer": "",
             "dtype": "float32",  # or "bfloat16": of the computation, not the masters
+            "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
             # Prompts: "builtin", a file, a hub's data set, "tfds:..."

@@ -76,10 +76,12 @@ def load_model(
 
 
 def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
-    if config.dtype not in DTYPES:
-        raise UserError(
-            f"config.dtype={config.dtype!r} is unknown; take one of {', '.join(DTYPES)}"
-        )
+    for name in ("dtype", "export_dtype"):
+        if config[name] not in DTYPES:
+            raise UserError(
+                f"config.{name}={config[name]!r} is unknown; "
+                f"take one of {', '.join(DTYPES)}"
+            )
     shape = dataclasses.replace(shape, dropout=config.get("dropout", 0.0))
     return make_model(shape, dtype=config.dtype, remat=config.remat)
 
@@ -146,10 +148,14 @@ def load_run_tokenizer(
 
 
 def export(
-    files: run_files.RunFiles, loaded: Loaded, params: Any, tokenizer: Any
+    config: ConfigDict,
+    files: run_files.RunFiles,
+    loaded: Loaded,
+    params: Any,
+    tokenizer: Any,
 ) -> None:
     """Writes the trained model and its tokenizer as transformers reads them."""
     found = Pretrained(loaded.model.config, loaded.hf_config, params)
-    save_pretrained(files.export, found)
+    save_pretrained(files.export, found, dtype=config.export_dtype)
     if jax.process_index() == 0:
         tokenizer.save_pretrained(files.export)

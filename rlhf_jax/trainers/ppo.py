@@ -395,5 +395,5 @@ def run(config: ConfigDict) -> None:
             headline=online.headline(config.judges),
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(files, policy, state.policy, tokenizer)
+        loading.export(config, files, policy, state.policy, tokenizer)
         common.close_run(files, console, hooks, f"PPO: {config.workdir}")

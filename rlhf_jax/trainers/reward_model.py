@@ -180,5 +180,5 @@ def run(config: ConfigDict) -> None:
             ],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(files, loaded, state.policy, tokenizer)
+        loading.export(config, files, loaded, state.policy, tokenizer)
         common.close_run(files, console, hooks, f"Reward model: {config.workdir}")

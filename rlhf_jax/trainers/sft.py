@@ -155,5 +155,5 @@ def run(config: ConfigDict) -> None:
             headline=[("held-out loss", "heldout/loss", None)],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(files, loaded, state.policy, tokenizer)
+        loading.export(config, files, loaded, state.policy, tokenizer)
         common.close_run(files, console, hooks, f"SFT: {config.workdir}")

@@ -230,6 +230,7 @@ def test_no_phases(fails, value):
     ("name", "value"),
     [
         ("dtype", "float31"),
+        ("export_dtype", "float8"),
         ("optimizer__schedule", "sideways"),
         ("optimizer__name", "adamant"),
         ("ppo__kl_estimator", "k9"),

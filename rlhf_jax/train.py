@@ -11,12 +11,14 @@ The same command again goes on where a stopped run was, bit for bit.
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import join_hosts
 
 ALGORITHMS = {
     "ppo": "rlhf_jax.trainers.ppo",
@@ -36,7 +38,16 @@ def train(config: ConfigDict) -> None:
             f"config.algorithm={config.algorithm!r} is unknown; "
             f"take one of {', '.join(ALGORITHMS)}"
         )
-    importlib.import_module(ALGORITHMS[config.algorithm]).run(config)
+    try:
+        importlib.import_module(ALGORITHMS[config.algorithm]).run(config)
+    except AttributeError as error:
+        *_, last = traceback.walk_tb(error.__traceback__)
+        if "ml_collections" not in last[0].f_code.co_filename:
+            raise
+        raise UserError(
+            f"the config has no setting {_quoted(error)[0]!r}, which "
+            f"{config.algorithm} needs: see its file in configs/"
+        ) from error
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -66,12 +77,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _unknown_setting(argv: Sequence[str], message: str) -> str:
     """A sentence in place of ml_collections' own, which quotes one part of the name."""
-    quoted = re.findall(r"['\"](\w+)['\"]", message.replace("\\", ""))
-    missing, nearest = (*quoted, "", "")[:2]
+    missing, nearest = _quoted(message)[:2]
     given = (part.partition("=")[0] for part in argv if part.startswith("--config."))
     flag = next((name for name in given if missing in name.split(".")), missing)
     hint = f"did you mean {nearest!r}?" if nearest else "see the config file for names"
     return f"{flag}: the config has no setting {missing!r}; {hint}"
+
+
+def _quoted(message: object) -> list[str]:
+    """The names in a message's quotation marks, then empty ones."""
+    names = re.findall(r"['\"](\w+)['\"]", str(message).replace("\\", ""))
+    return [*names, "", ""]
 
 
 def _loaded(config) -> ConfigDict:
@@ -102,6 +118,7 @@ def main() -> None:
     config = config_flags.DEFINE_config_file("config", None, "The config file.")
     flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
+    join_hosts()
     try:
         app.run(lambda _: train(_loaded(config)), flags_parser=_parse)
     except UserError as error:

@@ -13,7 +13,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / PACKAGE
 
 LAYERS = [
     {"losses", "errors"},
-    {"models", "sharding"},
+    {"models", "sharding", "hosts"},
     {"data", "checkpoint", "metrics", "monitor", "plots", "progress", "run_files"},
     {"rollout", "rewards"},
     {"evaluation", "analysis"},
@@ -23,7 +23,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm
-SHARED_BY_TRAINERS = {"common", "loading", "offline", "online", "optimizer"}
+SHARED_BY_TRAINERS = {"common", "keys", "loading", "offline", "online", "optimizer"}
 
 
 def module_name(path, root):

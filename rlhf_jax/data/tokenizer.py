@@ -7,10 +7,11 @@ a tokenizer without one cannot be trained with.
 Dimension key: B texts, P prompt length, T response length.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class SpecialTokens(NamedTuple):
     note: str  # "" or one sentence for the person who started the run
 
 
-def load_tokenizer(source: str | os.PathLike):
+def load_tokenizer(source: str | os.PathLike) -> Any:
     """A transformers tokenizer from a directory or a hub id; runs no code from there.
 
     Raises:
@@ -57,7 +58,7 @@ def load_tokenizer(source: str | os.PathLike):
         ) from error
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer trained on `texts`, with distinct pad and eos, no bos.
 
     Any text can be encoded and comes back unchanged. `save_pretrained` writes it so
@@ -93,7 +94,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     )
 
 
-def special_tokens(tokenizer) -> SpecialTokens:
+def check_vocabulary(tokenizer: Any, vocab_size: int, who: str) -> None:
+    """Raises a `UserError` where the tokenizer has tokens that `who` does not know."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or ''} has {len(tokenizer)} tokens,"
+            f" {who} only {vocab_size}: they are no pair"
+        )
+
+
+def special_tokens(tokenizer: Any) -> SpecialTokens:
     """The pad and eos ids of a tokenizer; without a pad, eos fills the empty slots.
 
     Raises:
@@ -115,7 +125,7 @@ def special_tokens(tokenizer) -> SpecialTokens:
     return SpecialTokens(pad, eos, "")
 
 
-def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of each text and nothing else: no bos, no eos, no truncation."""
     if not texts:
         return []
@@ -130,7 +140,7 @@ def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_prompts(
-    tokenizer,
+    tokenizer: Any,
     prompts: Sequence[str],
     *,
     length: int,
@@ -179,13 +189,22 @@ def encode_prompts(
     return tokens, mask
 
 
-def decode_responses(tokenizer, tokens, mask) -> list[str]:
-    """The text of each response up to its first eos.
+def decode_responses(
+    tokenizer: Any, before: np.ndarray, tokens: np.ndarray, mask: np.ndarray
+) -> list[str]:
+    """The text of each response up to its first eos, as it goes on from its prompt.
+
+    Llama 2 and its kin drop the space at the start of a text, so a response is decoded
+    together with the token before it, whose own text is then taken off.
 
     Args:
       tokenizer: a transformers tokenizer.
+      before: [B] int, the last token of each prompt.
       tokens: [B, T] int.
       mask: [B, T] bool, True where a token is real.
+
+    Returns:
+      B texts; prompt + response is the whole.
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
     if tokens.shape != mask.shape or tokens.ndim != 2:
@@ -197,12 +216,22 @@ def decode_responses(tokenizer, tokens, mask) -> list[str]:
     for row, real in zip(tokens, mask):
         ids = row[real].tolist()
         rows.append(ids[: ids.index(eos)] if eos in ids else ids)
-    return tokenizer.batch_decode(
-        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    decode = functools.partial(
+        tokenizer.batch_decode,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )
+    heads = [[int(last)] for last in np.asarray(before)]
+    alone, head_texts = decode(rows), decode(heads)
+    joined = decode([head + row for head, row in zip(heads, rows)])
+    return [
+        # A character cut in two by the prompt's end is whole only in the joined text.
+        whole[len(head) :] if whole.startswith(head) else text
+        for head, whole, text in zip(head_texts, joined, alone)
+    ]
 
 
-def start_tokens(tokenizer) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer itself puts before a text: [bos] for Llama, [] for GPT-2."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("a", verbose=False)["input_ids"]

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards.model import load_reward_model
+from rlhf_jax.run_files import exported
 
 BUILTIN = {
     "builtin:reward": pathlib.Path(__file__).parents[1] / "builtin" / "reward",
@@ -106,10 +107,9 @@ def _find(name: str, source: str, mesh: Mesh) -> Score:
         return FUNCTIONS[source]
     if source in BUILTIN:
         return load_reward_model(BUILTIN[source], mesh=mesh)
-    path = pathlib.Path(source).expanduser()
+    path = pathlib.Path(exported(source)).expanduser()
     if path.is_dir():
-        exported = path / "export"
-        return load_reward_model(exported if exported.is_dir() else path, mesh=mesh)
+        return load_reward_model(path, mesh=mesh)
     module, _, function = source.partition(":")
     if not function or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.data.sequences import encode_sequences
-from rlhf_jax.data.tokenizer import load_tokenizer, special_tokens
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.tokenizer import check_vocabulary, load_tokenizer, special_tokens
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.models.transformer import Model, make_model
 
@@ -58,11 +57,7 @@ def load_reward_model(
     found = load_pretrained(os.fspath(directory), mesh=mesh, head=True)
     tokenizer = load_tokenizer(directory)
     special_tokens(tokenizer)
-    if len(tokenizer) > found.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the reward "
-            f"model beside it only {found.config.vocab_size}: they are no pair"
-        )
+    check_vocabulary(tokenizer, found.config.vocab_size, "the reward model beside it")
     model, params = make_model(found.config), found.params
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = sharding.rows(mesh)

@@ -8,7 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import sharding
-from rlhf_jax.data.tokenizer import decode_responses, encode_prompts, special_tokens
+from rlhf_jax.data.tokenizer import (
+    check_vocabulary,
+    decode_responses,
+    encode_prompts,
+    special_tokens,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rollout.generate import Responses, Sampling, generate
@@ -62,6 +67,7 @@ def make_sampler(
       The sampler. Row i of a batch draws from `key` and `index[i]` alone.
     """
     special = special_tokens(tokenizer)
+    check_vocabulary(tokenizer, model.config.vocab_size, "the policy")
     drawn_as = Sampling(eos_id=special.eos, pad_id=special.pad, **settings)
     check_lengths(model, prompt_tokens, drawn_as.max_new_tokens)
     rows = sharding.rows(mesh)
@@ -78,9 +84,8 @@ def make_sampler(
             (*host, np.asarray(index, np.int32)), rows
         )
         samples = draw(params, tokens, mask, key, index)
-        texts = decode_responses(
-            tokenizer, *sharding.to_host((samples.tokens, samples.mask))
-        )
+        said = sharding.to_host((samples.tokens, samples.mask))
+        texts = decode_responses(tokenizer, host[0][:, -1], *said)
         transcript = Transcript(tokens, mask, samples.tokens, samples.mask)
         return Rollout(list(prompts), texts, transcript, samples)
 

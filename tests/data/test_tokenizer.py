@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from rlhf_jax.data import tokenizer as tk
 from rlhf_jax.errors import UserError
@@ -112,9 +114,39 @@ def test_decode_stops_at_eos_and_ignores_masked_tokens(tokenizer):
     the, film = tk.encode_texts(tokenizer, ["The film"])[0]
     tokens = [[the, film, 1, film], [the, film, film, film], [1, the, the, the]]
     mask = [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert tk.decode_responses(tokenizer, tokens, mask) == ["The film", "The", ""]
+    before = [the, film, 1]
+    got = tk.decode_responses(tokenizer, before, tokens, mask)
+    assert got == ["The film", "The", ""]
     with pytest.raises(ValueError, match=r"both be \[B, T\]"):
-        tk.decode_responses(tokenizer, tokens, [[1, 1]])
+        tk.decode_responses(tokenizer, before, tokens, [[1, 1]])
+
+
+def test_a_response_keeps_the_space_that_llama_2_strips_from_a_text():
+    words = ["<s>", "</s>", "\u2581The", "\u2581film", "\u2581is", "\u2581good", "ly"]
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[1])
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    stripping = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
+    assert stripping.decode([4, 5]) == "is good"
+    tokens, mask = [[4, 5, 1], [6, 5, 1], [2, 3, 1]], [[1, 1, 1]] * 3
+    got = tk.decode_responses(stripping, [3, 5, 0], tokens, mask)
+    assert got == [" is good", "ly good", "The film"]
+
+
+def test_a_character_that_prompt_and_response_share(tokenizer):
+    """The prompt ends inside of it: the response is decoded by itself."""
+    first, *rest = tk.encode_texts(tokenizer, ["\u00e9"])[0]
+    tokens = [[*rest, 1]]
+    got = tk.decode_responses(tokenizer, [first], tokens, np.ones_like(tokens))
+    assert got == ["\ufffd"]
 
 
 def test_without_pad_the_filler_is_eos(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import BUILTIN, build_rewards, functions, score_all
+from rlhf_jax.rewards import build_rewards, functions, score_all
 
 MODULE = """
 import numpy as np
@@ -145,8 +145,6 @@ def test_a_model_directory_and_a_run(model_directory, mesh, tmp_path):
 
 
 def test_the_builtin_model(mesh):
-    if not BUILTIN["builtin:reward"].is_dir():
-        pytest.skip("no reward model is shipped yet")
     rewards = build_rewards(one("builtin:reward"), mesh=mesh)
     texts = [" is a wonderful film, moving and funny.", " is a dull, tedious mess."]
     total, _ = score_all(rewards, ["The movie"] * 2, texts)

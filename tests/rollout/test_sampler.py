@@ -61,11 +61,12 @@ def test_texts_and_arrays_say_the_same(rollout, tokenizer):
     np.testing.assert_array_equal(transcript.mask, rollout.samples.mask)
     assert transcript.responses.shape == (8, 6)
     eos = special_tokens(tokenizer).eos
-    for text, ids, real in zip(
-        rollout.responses, transcript.responses, transcript.mask
+    for prompt, text, ids, real in zip(
+        PROMPTS, rollout.responses, transcript.responses, transcript.mask
     ):
         said = [int(i) for i in ids[real] if i != eos]
-        assert text == tokenizer.decode(said, skip_special_tokens=True)
+        whole = tokenizer(prompt).input_ids + said
+        assert prompt + text == tokenizer.decode(whole, skip_special_tokens=True)
 
 
 def test_arrays_lie_over_the_rows_of_the_mesh(rollout):

@@ -198,7 +198,15 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def attend(query, key, value, allowed, *, scale, softcap):
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    allowed: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
     """softmax(mask(cap(scale · q·k))) v, for grouped query heads.
 
     Args:

@@ -25,16 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import sharding
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.layers import (
-    Block,
-    Context,
-    Norm,
-    dot,
-    dropout,
-    rotary_frequencies,
-)
+from rlhf_jax.models.forward import embed, final_norm, make_context, run_layers
+from rlhf_jax.models.layers import Block, dot
+
+Params = Any  # the tree above
 
 
 class Cache(NamedTuple):
@@ -104,7 +99,7 @@ def make_model(
     )
 
 
-def init(config: TransformerConfig, key: jax.Array, *, head: bool = False):
+def init(config: TransformerConfig, key: jax.Array, *, head: bool = False) -> Params:
     """Fresh float32 parameters.
 
     Args:
@@ -123,13 +118,13 @@ def init(config: TransformerConfig, key: jax.Array, *, head: bool = False):
 
     def init_layer(layer_key):
         x = jnp.zeros((1, 1, D))
-        context = _context(
+        context = make_context(
             c, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool), sliding=False
         )
         return Block(c).init(layer_key, x, context)["params"]
 
     params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
-    params["final_norm"] = _final_norm(c).init(last_key, jnp.zeros((1, D)))["params"]
+    params["final_norm"] = final_norm(c).init(last_key, jnp.zeros((1, D)))["params"]
     last_key = jax.random.fold_in(last_key, 1)
     if head:
         params["score"] = init_head(c, last_key)
@@ -138,7 +133,7 @@ def init(config: TransformerConfig, key: jax.Array, *, head: bool = False):
     return params
 
 
-def init_head(config: TransformerConfig, key: jax.Array):
+def init_head(config: TransformerConfig, key: jax.Array) -> Params:
     """A fresh scalar head, {kernel: [D, 1]}, normal with std 1/sqrt(D+1).
 
     References:
@@ -150,8 +145,16 @@ def init_head(config: TransformerConfig, key: jax.Array):
 
 
 def apply(
-    config, dtype, remat, params, tokens, mask, *, positions=None, dropout_key=None
-):
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    remat: bool,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
     """Hidden states of whole sequences, after the final norm.
 
     Args:
@@ -169,7 +172,7 @@ def apply(
     Returns:
         [B, T, D] in `dtype`; finite, but meaningless, under the mask.
     """
-    hidden, _ = _run_layers(
+    hidden, _ = run_layers(
         config,
         dtype,
         params,
@@ -182,7 +185,15 @@ def apply(
     return hidden
 
 
-def prefill(config, dtype, params, tokens, mask, *, cache_length):
+def prefill(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    cache_length: int,
+) -> tuple[jax.Array, Cache]:
     """Hidden states of the prompts, and a cache that holds them.
 
     Args:
@@ -199,7 +210,7 @@ def prefill(config, dtype, params, tokens, mask, *, cache_length):
     T = tokens.shape[1]
     mask = mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, (keys, values) = _run_layers(
+    hidden, (keys, values) = run_layers(
         config, dtype, params, tokens, mask, positions, keep_cache=True
     )
     room = [(0, 0), (0, 0), (0, cache_length - T), (0, 0)]
@@ -212,7 +223,7 @@ def prefill(config, dtype, params, tokens, mask, *, cache_length):
     return hidden, Cache(layers, valid, jnp.pad(positions, room), mask.sum(1))
 
 
-def unstack(config, dtype, params):
+def unstack(config: TransformerConfig, dtype: jnp.dtype, params: Params) -> Params:
     """Parameters for `decode`: a tree per layer, matrices already in compute dtype.
 
     Done once before a decode loop, so that no step slices or casts a weight.
@@ -230,7 +241,14 @@ def unstack(config, dtype, params):
     return {**params, "layers": layers}
 
 
-def decode(config, dtype, unstacked, token, cache, slot):
+def decode(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    unstacked: Params,
+    token: jax.Array,
+    cache: Cache,
+    slot: jax.Array,
+) -> tuple[jax.Array, Cache]:
     """One more token for every row.
 
     Args:
@@ -253,9 +271,9 @@ def decode(config, dtype, unstacked, token, cache, slot):
         positions=write(cache.positions, positions, slot, axis=1),
         lengths=cache.lengths + 1,
     )
-    x = _embed(config, dtype, unstacked, token[:, None], positions)
+    x = embed(config, dtype, unstacked, token[:, None], positions)
     contexts = {
-        sliding: _context(
+        sliding: make_context(
             config,
             positions,
             cache.valid[:, None],
@@ -272,18 +290,20 @@ def decode(config, dtype, unstacked, token, cache, slot):
             {"params": layer}, x, contexts[sliding], cached, slot
         )
         layers.append(cached)
-    hidden = _final_norm(config).apply({"params": unstacked["final_norm"]}, x[:, 0])
+    hidden = final_norm(config).apply({"params": unstacked["final_norm"]}, x[:, 0])
     return hidden, cache._replace(layers=tuple(layers))
 
 
-def unembedding(config, params):
+def unembedding(config: TransformerConfig, params: Params) -> jax.Array:
     """The matrix [V, D] that turns hidden states into logits."""
     if config.tied_embeddings:
         return params["embed"]["tokens"]
     return params["unembed"]["kernel"]
 
 
-def unembed(config, dtype, params, hidden):
+def unembed(
+    config: TransformerConfig, dtype: jnp.dtype, params: Params, hidden: jax.Array
+) -> jax.Array:
     """Logits [..., V] float32 of hidden states [..., D], soft cap applied."""
     logits = dot(hidden.astype(dtype), unembedding(config, params), axis=1)
     if config.logit_softcap is not None:
@@ -291,104 +311,6 @@ def unembed(config, dtype, params, hidden):
     return logits
 
 
-def score(params, hidden):
+def score(params: Params, hidden: jax.Array) -> jax.Array:
     """The scalar head: float32 [...] of hidden states [..., D]."""
     return dot(hidden.astype(jnp.float32), params["score"]["kernel"])[..., 0]
-
-
-def _final_norm(config):
-    return Norm(config.norm, config.norm_eps, config.norm_unit_offset)
-
-
-def _allowed(segments):
-    """[B, T, T] bool: causal and inside a segment; padding sees only padding."""
-    T = segments.shape[1]
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    return causal & (segments[:, :, None] == segments[:, None, :])
-
-
-def _count(allowed):
-    """Positions [B, T] int32: how many tokens of its segment precede each token."""
-    return allowed.sum(-1, dtype=jnp.int32) - 1
-
-
-def _context(config, positions, allowed, *, sliding, key_positions=None):
-    """The Context of one kind of layer; `sliding` narrows it to the window."""
-    if key_positions is None:
-        key_positions = positions
-    if sliding:
-        distance = positions[:, :, None] - key_positions[:, None, :]
-        allowed = allowed & (distance < config.sliding_window)
-    if config.positions != "rope":
-        return Context(None, None, allowed)
-    local = sliding and config.rope_local_theta is not None
-    frequencies = rotary_frequencies(config, local=local)
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return Context(jnp.cos(angles), jnp.sin(angles), allowed)
-
-
-def _embed(config, dtype, params, tokens, positions):
-    """Token (and learned position) embeddings [B, T, D] in compute dtype."""
-    # Padding may hold any id, also one past the table's end.
-    # Gathered over fsdp first: rows cut along D could not be laid out by batch.
-    table = sharding.constrain(params["embed"]["tokens"], "tensor", None)
-    x = table.at[tokens].get(mode="clip").astype(dtype)
-    x = sharding.constrain(x, sharding.BATCH, None, None)
-    if config.embedding_scale is not None:
-        x = x * jnp.asarray(config.embedding_scale, dtype)
-    if config.positions == "learned":
-        table = sharding.constrain(params["embed"]["positions"], None, None)
-        x = x + table.at[positions].get(mode="clip").astype(dtype)
-    return x
-
-
-def _run_layers(
-    config,
-    dtype,
-    params,
-    tokens,
-    segments,
-    positions=None,
-    *,
-    remat=False,
-    dropout_key=None,
-    keep_cache=False,
-):
-    """One scan over the stacked layers.
-
-    Returns:
-        The normalised hidden states [B, T, D], and with `keep_cache` the stacked
-        (keys, values), each [L, B, K, T, h].
-    """
-    allowed = _allowed(segments)
-    if positions is None:
-        positions = _count(allowed)
-    x = _embed(config, dtype, params, tokens, positions)
-    if dropout_key is not None:
-        embed_key = jax.random.fold_in(dropout_key, config.num_layers)
-        x = dropout(x, config.dropout, embed_key)
-    x = sharding.constrain(x, sharding.BATCH, None, None)
-    contexts = {
-        slides: _context(config, positions, allowed, sliding=slides)
-        for slides in set(config.slides)
-    }
-
-    def run_layer(x, per_layer):
-        weights, index, slides = per_layer
-        if len(contexts) == 1:
-            (context,) = contexts.values()
-        else:
-            context = jax.tree.map(
-                lambda a, b: jnp.where(slides, a, b), contexts[True], contexts[False]
-            )
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        x, kept = Block(config).apply({"params": weights}, x, context, dropout_key=key)
-        x = sharding.constrain(x, sharding.BATCH, None, None)
-        return x, kept if keep_cache else None
-
-    if remat:
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-    layers = jnp.arange(config.num_layers)
-    per_layer = (params["layers"], layers, jnp.array(config.slides))
-    x, kept = lax.scan(run_layer, x, per_layer)
-    return _final_norm(config).apply({"params": params["final_norm"]}, x), kept

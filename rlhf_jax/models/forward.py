@@ -1,0 +1,146 @@
+"""The way through a transformer: embedding, masks and positions, one scan over layers.
+
+Dimensions: B sequences, T tokens of this call, D model width, L layers, K key-value
+heads, h head width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rlhf_jax import sharding
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.layers import Block, Context, Norm, dropout, rotary_frequencies
+
+
+def final_norm(config: TransformerConfig) -> Norm:
+    """The norm over the residual stream before unembedding or a head."""
+    return Norm(config.norm, config.norm_eps, config.norm_unit_offset)
+
+
+def _allowed(segments):
+    """[B, T, T] bool: causal and inside a segment; padding sees only padding."""
+    T = segments.shape[1]
+    causal = jnp.tril(jnp.ones((1, T, T), bool))
+    return causal & (segments[:, :, None] == segments[:, None, :])
+
+
+def _count(allowed):
+    """Positions [B, T] int32: how many tokens of its segment precede each token."""
+    return allowed.sum(-1, dtype=jnp.int32) - 1
+
+
+def make_context(
+    config: TransformerConfig,
+    positions: jax.Array,
+    allowed: jax.Array,
+    *,
+    sliding: bool,
+    key_positions: jax.Array | None = None,
+) -> Context:
+    """The Context of one kind of layer.
+
+    Args:
+        config: the model's shape.
+        positions: [B, T] int32, of the queries.
+        allowed: [B, T, S] bool, before the window.
+        sliding: whether the window narrows it.
+        key_positions: [B, S] int32; None for those of the queries.
+    """
+    if key_positions is None:
+        key_positions = positions
+    if sliding:
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        allowed = allowed & (distance < config.sliding_window)
+    if config.positions != "rope":
+        return Context(None, None, allowed)
+    local = sliding and config.rope_local_theta is not None
+    frequencies = rotary_frequencies(config, local=local)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    return Context(jnp.cos(angles), jnp.sin(angles), allowed)
+
+
+def embed(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """Token (and learned position) embeddings [B, T, D] in compute dtype."""
+    # Padding may hold any id, also one past the table's end.
+    # Gathered over fsdp first: rows cut along D could not be laid out by batch.
+    table = sharding.constrain(params["embed"]["tokens"], "tensor", None)
+    x = table.at[tokens].get(mode="clip").astype(dtype)
+    x = sharding.constrain(x, sharding.BATCH, None, None)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, dtype)
+    if config.positions == "learned":
+        table = sharding.constrain(params["embed"]["positions"], None, None)
+        x = x + table.at[positions].get(mode="clip").astype(dtype)
+    return x
+
+
+def run_layers(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    params: Any,
+    tokens: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array | None = None,
+    *,
+    remat: bool = False,
+    dropout_key: jax.Array | None = None,
+    keep_cache: bool = False,
+) -> tuple[jax.Array, Any]:
+    """One scan over the stacked layers.
+
+    Args:
+        config: the model's shape.
+        dtype: compute dtype.
+        params: the tree of `transformer`.
+        tokens: [B, T] int.
+        segments: [B, T] int32, 0 is padding.
+        positions: [B, T] int32, or None to count within each segment.
+        remat: recompute layers in the backward pass.
+        dropout_key: a typed PRNG key switches dropout on.
+        keep_cache: whether keys and values are wanted.
+
+    Returns:
+        The normalised hidden states [B, T, D], and with `keep_cache` the stacked
+        (keys, values), each [L, B, K, T, h].
+    """
+    allowed = _allowed(segments)
+    if positions is None:
+        positions = _count(allowed)
+    x = embed(config, dtype, params, tokens, positions)
+    if dropout_key is not None:
+        embed_key = jax.random.fold_in(dropout_key, config.num_layers)
+        x = dropout(x, config.dropout, embed_key)
+    x = sharding.constrain(x, sharding.BATCH, None, None)
+    contexts = {
+        slides: make_context(config, positions, allowed, sliding=slides)
+        for slides in set(config.slides)
+    }
+
+    def run_layer(x, per_layer):
+        weights, index, slides = per_layer
+        if len(contexts) == 1:
+            (context,) = contexts.values()
+        else:
+            context = jax.tree.map(
+                lambda a, b: jnp.where(slides, a, b), contexts[True], contexts[False]
+            )
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        x, kept = Block(config).apply({"params": weights}, x, context, dropout_key=key)
+        x = sharding.constrain(x, sharding.BATCH, None, None)
+        return x, kept if keep_cache else None
+
+    if remat:
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+    layers = jnp.arange(config.num_layers)
+    per_layer = (params["layers"], layers, jnp.array(config.slides))
+    x, kept = lax.scan(run_layer, x, per_layer)
+    return final_norm(config).apply({"params": params["final_norm"]}, x), kept

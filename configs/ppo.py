@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 "prompt_tokens": 12,
                 "max_new_tokens": 32,
                 "temperature": 0.7,
-                "top_k": 0,
+                "top_k": 0,  # 0: off; both make rollouts narrower than what learns
                 "top_p": 1.0,
             },
             # name -> source and weight; the reward is the weighted sum.

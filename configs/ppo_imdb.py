@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.data.prefix_tokens = 8
     config.data.limit = 20_000
     config.rollout.prompts = 128
-    config.rollout.prompt_tokens = 8
+    config.rollout.prompt_tokens = 10  # with room for the bos of some tokenizers
     config.rollout.max_new_tokens = 48
     config.rewards = ConfigDict({"sentiment": {"source": "vader", "weight": 1.0}})
     config.judges = ConfigDict(

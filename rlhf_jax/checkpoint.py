@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -183,7 +183,7 @@ def restore(
         if jax.process_count() > 1:
             raise UserError(
                 f"process {jax.process_index()} cannot read checkpoint "
-                f"{manager.directory / str(phase)} ({_first_line(found)}); "
+                f"{manager.directory / str(phase)} ({_cause(found)}); "
                 "move it away to go on from the one before"
             ) from found
         failed[phase] = found
@@ -192,7 +192,7 @@ def restore(
     newest = max(failed)
     raise UserError(
         f"no checkpoint in {manager.directory} can be read into this model and "
-        f"optimizer (phase {newest}: {_first_line(failed[newest])}); "
+        f"optimizer (phase {newest}: {_cause(failed[newest])}); "
         "delete the run folder to start afresh, or choose another workdir"
     ) from failed[newest]
 
@@ -225,7 +225,7 @@ def restore_policy(
         found = _try_to_read(checkpointer.restore, path / "policy", abstract_policy)
     if isinstance(found, Exception):
         raise UserError(
-            f"the policy in {path} cannot be read into this model: {_first_line(found)}"
+            f"the policy in {path} cannot be read into this model: {_cause(found)}"
         ) from found
     return found
 
@@ -355,7 +355,6 @@ def _set_aside(manager: ocp.CheckpointManager, phase: int) -> pathlib.Path:
     return aside
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     """Returns what went wrong, without tensorstore's dump of its own settings."""
-    text = str(error).strip().partition(" See full TensorStore")[0].splitlines()
-    return text[0][:200] if text else type(error).__name__
+    return first_line(error).partition(" See full TensorStore")[0][:200]

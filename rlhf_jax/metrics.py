@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.run_files import RunFiles, append_metrics
 
 Row = Mapping[str, Any]
@@ -110,7 +110,7 @@ def _wandb(files: RunFiles, mode: str, project: str, config: Row) -> Writers:
         )
     except wandb.Error as error:
         raise UserError(
-            f"W&B did not start ({str(error).strip().splitlines()[0]}); "
+            f"W&B did not start ({first_line(error)}); "
             'run wandb login, or choose wandb="offline"'
         ) from error
     # W&B's own step only goes up; against "phase", rows written again lie on their old

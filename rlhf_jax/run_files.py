@@ -68,6 +68,12 @@ class RunFiles(NamedTuple):
         return self.workdir / "export"
 
 
+def exported(source: str) -> str:
+    """The exported model of a run's folder; any other source as it is."""
+    folder = RunFiles(pathlib.Path(source).expanduser()).export
+    return str(folder) if folder.is_dir() else source
+
+
 def open_run(
     workdir: str | os.PathLike,
     config: Mapping[str, Any],
@@ -271,7 +277,8 @@ def _check_same(files: RunFiles, new: dict, may_change: Sequence[str]) -> None:
             f"{path} is not a configuration ({error}); choose another workdir, or "
             f"delete {path.parent} to start afresh"
         ) from error
-    if "algorithm" in old and not files.metrics.exists():
+    begun = files.metrics.exists() or files.checkpoints.exists()
+    if "algorithm" in old and not begun:
         return
     now = dict(_leaves(new))
     free = tuple(f"{key}." for key in may_change)

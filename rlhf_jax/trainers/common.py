@@ -5,6 +5,7 @@ about cadence, files and what a person sees is here.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ from rlhf_jax import checkpoint, plots, progress, run_files, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import open_writers
 
-# Settings that a resumed run may give differently: none of them changes a number.
-MAY_CHANGE = ("workdir", "logging", "checkpoint")
+# Settings that a resumed run may give differently: none of them changes a number, the
+# mesh none beyond round-off.
+MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh")
 
 
 class Hooks(NamedTuple):
@@ -48,6 +50,18 @@ class Hooks(NamedTuple):
 def open_workdir(config: ConfigDict) -> run_files.RunFiles:
     """Makes or finds the run's folder; a `UserError` if it holds another run."""
     return run_files.open_run(config.workdir, config.to_dict(), may_change=MAY_CHANGE)
+
+
+def check_ranges(config: ConfigDict, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises a `UserError` for the first setting outside its (low, high)."""
+    settings = config.to_dict()
+    for name, (low, high) in ranges.items():
+        value = functools.reduce(
+            lambda tree, part: tree[part], name.split("."), settings
+        )
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+            raise UserError(f"config.{name}={value} must be {bounds}")
 
 
 def print_plan(
@@ -164,17 +178,19 @@ class _Log:
 def _restore(
     manager: Any, state: Any, say: Callable[[str], None]
 ) -> tuple[Any, int | None]:
-    """The newest checkpoint in place of `state`, and its phase; or `state`, None."""
+    """The newest checkpoint in place of `state`, and its phase; or `state`, None.
+
+    The fresh state is freed before the other is read: a device need not hold both.
+    """
     if checkpoint.latest_phase(manager) is None:
         return state, None
-    restored = checkpoint.restore(
-        manager,
-        policy=checkpoint.abstract(state.policy),
-        train=checkpoint.abstract(_train_item(state)),
-        say=say,
-    )
+    policy = checkpoint.abstract(state.policy)
+    train = checkpoint.abstract(_train_item(state))
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    restored = checkpoint.restore(manager, policy=policy, train=train, say=say)
     parts = jax.tree.unflatten(
-        jax.tree.structure(_train_item(state)), jax.tree.leaves(restored.train)
+        jax.tree.structure(train), jax.tree.leaves(restored.train)
     )
     say(f"going on after phase {restored.phase}")
     return dataclasses.replace(state, policy=restored.policy, **parts), restored.phase
@@ -223,6 +239,8 @@ def close_run(
     facts: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Draws the curves and shows what changed from phase 0 to the last."""
+    if jax.process_index() != 0:
+        return
     rows = run_files.read_metrics(files.workdir)
     first, last = rows[0], rows[-1]
     changes, summary = [], {"phases": last["phase"]}

@@ -20,6 +20,7 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.families import config_from_hf
 from rlhf_jax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.trainers import keys
 
 BUILTIN = {
     f"builtin:{name}": str(pathlib.Path(__file__).parents[1] / "builtin" / name)
@@ -55,10 +56,10 @@ def load_model(
       head: a scalar head in place of the unembedding, drawn from the seed where the
         checkpoint has none; None takes what the checkpoint has.
     """
-    key = jax.random.key(config.seed)
+    key = keys.branch_key(config.seed, keys.INIT, 0)
     if isinstance(source, str):
         found = load_pretrained(
-            BUILTIN.get(source, source),
+            _find(source),
             mesh=mesh,
             head=head,
             key=key if head else None,
@@ -73,6 +74,11 @@ def load_model(
 
     shardings = sharding.param_shardings(jax.eval_shape(init, key), mesh)
     return Loaded(model, jax.jit(init, out_shardings=shardings)(key), hf_config)
+
+
+def _find(source: str) -> str:
+    """A builtin's directory, that of a run's exported model, or the source itself."""
+    return BUILTIN.get(source) or run_files.exported(source)
 
 
 def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
@@ -113,6 +119,13 @@ def load_critic(
     loaded = load_model(
         config.model if source == "policy" else source, config, mesh, head=None
     )
+    needs, has = policy.model.config, loaded.model.config
+    if has.vocab_size < needs.vocab_size or has.max_positions < needs.max_positions:
+        raise UserError(
+            f"the critic {source!r} has {has.vocab_size} tokens and a context of "
+            f"{has.max_positions}, the policy {needs.vocab_size} and "
+            f"{needs.max_positions}: a critic reads what the policy writes"
+        )
     trunk = {k: v for k, v in loaded.params.items() if k not in ("unembed", "score")}
     return loaded.model, trunk | zero_head(trunk, mesh)
 
@@ -140,7 +153,12 @@ def load_run_tokenizer(
     if config.tokenizer == "train":
         return train_tokenizer(texts, config.model.vocab_size)
     source = config.tokenizer or config.model
-    tokenizer = load_tokenizer(BUILTIN.get(source, source))
+    if not isinstance(source, str):
+        raise UserError(
+            'config.tokenizer="" means that of the model, and config.model is one to '
+            'make: give a tokenizer, or "train"'
+        )
+    tokenizer = load_tokenizer(_find(source))
     note = special_tokens(tokenizer).note
     if note:
         progress.say(console, note)

@@ -20,11 +20,8 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import sharding
 from rlhf_jax.data.order import phase_rows
-from rlhf_jax.trainers import loading
+from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
-
-# Branches of the run's root key.
-STEPS = 0
 
 # (params, batch, key) -> (loss, metrics); the key is for dropout.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -90,7 +87,6 @@ def make_phase(
     steps, batch = config.learning.steps_per_phase, config.learning.batch
     layout = NamedSharding(mesh, P(None, sharding.BATCH))
     count = len(jax.tree.leaves(rows)[0])
-    root = jax.random.fold_in(jax.random.key(config.seed), STEPS)
 
     def run_phase(state: State, phase: int):
         started = time.perf_counter()
@@ -98,7 +94,7 @@ def make_phase(
         batches = jax.tree.map(
             lambda x: x[order].reshape(steps, batch, *x.shape[1:]), rows
         )
-        key = jax.random.fold_in(root, phase)
+        key = keys.branch_key(config.seed, keys.DROPOUT, phase)
         state, metrics = update(state, sharding.to_devices(batches, layout), key)
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - started

@@ -1,8 +1,9 @@
 """What the algorithms share that sample from their policy: PPO, and those like it."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import sharding
-from rlhf_jax.data.prompts import Prompts, load_prompts
+from rlhf_jax.data.prompts import Prompts, load_prompts, phase_batch
 from rlhf_jax.data.tables import is_file
 from rlhf_jax.data.tokenizer import encode_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import make_heldout
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.rewards import build_rewards
+from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
 from rlhf_jax.rollout import sampler
-
-# Branches of the run's root key, folded in before anything else; the phase comes next.
-INIT, SAMPLING, ORDER, HELDOUT = range(4)
+from rlhf_jax.trainers import keys
 
 FIELDS = {
     "reward/mean": "reward {:+.3f}",
@@ -56,12 +55,6 @@ PANELS = (
     ),
     Panel("Response length", "tokens", {"": "response/tokens"}),
 )
-
-
-def branch_key(seed: int, branch: int, phase: int) -> jax.Array:
-    """The key of one use in one phase; a pure function of its arguments."""
-    root = jax.random.fold_in(jax.random.key(seed), branch)
-    return jax.random.fold_in(root, phase)
 
 
 def check_rollout(config: ConfigDict) -> None:
@@ -135,23 +128,77 @@ def summarize_steps(steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return mean | first | {"optimizer/steps": taken.sum()}
 
 
-def rollout_metrics(
-    rows: Sequence[Mapping[str, Any]],
-    total: np.ndarray,
-    parts: Mapping[str, np.ndarray],
-) -> dict[str, float]:
-    """Rewards, each part alone where there are several, and the responses' lengths."""
+class Collected(NamedTuple):
+    """One phase's responses and what they are worth."""
+
+    rollout: sampler.Rollout
+    scores: jax.Array  # [B] float32 on the mesh, the weighted sum of the rewards
+    total: np.ndarray  # [B] float32, the same on the host
+    parts: Mapping[str, np.ndarray]  # each reward alone
+    rollout_seconds: float
+    reward_seconds: float
+
+
+def make_collect(
+    config: ConfigDict,
+    mesh: Mesh,
+    sample: sampler.Sampler,
+    rewards: Sequence[Reward],
+    prompts: Prompts,
+) -> Callable[[Any, int], Collected]:
+    """Builds `collect(params, phase)`: the phase's prompts, answered and scored."""
+    batch = config.rollout.prompts
+
+    def collect(params: Any, phase: int) -> Collected:
+        started = time.perf_counter()
+        taken = phase_batch(prompts, phase - 1, batch_size=batch, seed=config.seed)
+        key = keys.branch_key(config.seed, keys.SAMPLING, phase)
+        rollout = sample(params, taken.texts, key, range(batch))
+        sampled = time.perf_counter()
+        total, parts = score_all(
+            rewards, taken.texts, rollout.responses, **taken.columns
+        )
+        scored = time.perf_counter()
+        scores = sharding.to_devices(total, sharding.rows(mesh))
+        seconds = sampled - started, scored - sampled
+        return Collected(rollout, scores, total, parts, *seconds)
+
+    return collect
+
+
+def report(
+    config: ConfigDict, collected: Collected, sequence_kl: jax.Array
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The samples of a phase as rows, and the metrics of rewards, lengths and speed.
+
+    Args:
+      config: the run's.
+      collected: the phase's responses.
+      sequence_kl: [B] nats, Σ_t (log π − log π_ref).
+    """
+    total, parts = collected.total, collected.parts
+    rows = sampler.records(
+        collected.rollout,
+        name_scores(total, parts),
+        sharding.to_host(sequence_kl),
+        split="train",
+        seed=config.seed,
+    )
+    tokens = [row["tokens"] for row in rows]
     metrics = {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std()),
         "reward/min": float(total.min()),
         "reward/max": float(total.max()),
-        "response/tokens": float(np.mean([row["tokens"] for row in rows])),
+        "response/tokens": float(np.mean(tokens)),
         "response/finished": float(np.mean([row["finish"] == "eos" for row in rows])),
+        "time/rollout_s": collected.rollout_seconds,
+        "time/reward_s": collected.reward_seconds,
+        "time/tokens_per_s": sum(tokens) / collected.rollout_seconds,
     }
     if len(parts) > 1:
         metrics |= {f"reward/{name}": float(s.mean()) for name, s in parts.items()}
-    return metrics
+    return rows, metrics
 
 
 def headline(judges: Sequence[str]) -> list[tuple[str, str, str | None]]:
@@ -227,7 +274,7 @@ def make_evaluation(
         mesh,
         heldout,
         seed=config.seed,
-        key=branch_key(config.seed, HELDOUT, 0),
+        key=keys.branch_key(config.seed, keys.HELDOUT, 0),
         batch=config.rollout.prompts,
         temperature=config.rollout.temperature,
         chunk_size=config.logprob_chunk or None,

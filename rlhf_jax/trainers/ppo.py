@@ -12,7 +12,8 @@ One phase, from top to bottom:
 
 Every mean is over the real tokens of the whole minibatch, however it is split over
 devices and gradient accumulation. The temperature of the sampler is in every
-log-probability. A missing EOS subtracts from the score.
+log-probability; top-k and top-p are not: with them the learner's distribution is
+wider than the sampler's. A missing EOS subtracts from the score.
 
 References:
     Schulman et al. 2017, https://arxiv.org/abs/1707.06347
@@ -24,7 +25,7 @@ References:
 
 import dataclasses
 import functools
-import time
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,15 +37,27 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import losses, progress, sharding
-from rlhf_jax.data.prompts import Prompts, phase_batch
+from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
+from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript, response_hidden, score_responses
-from rlhf_jax.rollout.sampler import Sampler, records
-from rlhf_jax.trainers import common, loading, online
+from rlhf_jax.rollout.sampler import Sampler
+from rlhf_jax.trainers import common, keys, loading, online
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+
+RANGES = {
+    "ppo.epochs": (1, math.inf),
+    "ppo.clip_low": (0, 1),
+    "ppo.clip_high": (0, math.inf),
+    "ppo.value_clip": (0, math.inf),
+    "ppo.gamma": (0, 1),
+    "ppo.lam": (0, 1),
+    "ppo.target_kl": (0, math.inf),
+    "ppo.adaptive_kl.target": (0, math.inf),
+    "logprob_chunk": (0, math.inf),
+}
 
 
 class Experience(NamedTuple):
@@ -93,8 +106,8 @@ def values_of(
     return models.critic.score(critic, hidden)
 
 
-def make_speak(models: Models, config: ConfigDict) -> Callable:
-    """Builds `speak(params, transcript) -> Scored` of the policy, as it was sampled."""
+def make_policy_logprobs(models: Models, config: ConfigDict) -> Callable:
+    """Builds `policy_logprobs(params, transcript) -> Scored`, as it was sampled."""
     return functools.partial(
         score_responses,
         models.policy,
@@ -108,13 +121,13 @@ def make_assess(models: Models, config: ConfigDict) -> Callable:
 
     Steps 3 and 4: log-probabilities of policy and reference, shaped rewards, GAE.
     """
-    ppo, speak = config.ppo, make_speak(models, config)
+    ppo, policy_logprobs = config.ppo, make_policy_logprobs(models, config)
 
     @jax.jit
     def assess(state: State, reference, transcript: Transcript, samples, scores):
         mask = transcript.mask
-        learner = speak(state.policy, transcript)
-        ref_logprobs = speak(reference, transcript).logprobs
+        learner = policy_logprobs(state.policy, transcript)
+        ref_logprobs = policy_logprobs(reference, transcript).logprobs
         values = values_of(models, state.critic, transcript, learner.hidden)
 
         if ppo.score_clip:
@@ -172,11 +185,11 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
     `count` is the number of real tokens of the whole minibatch, so that the losses of
     its micro-batches add up to the loss of the minibatch.
     """
-    ppo, speak = config.ppo, make_speak(models, config)
+    ppo, policy_logprobs = config.ppo, make_policy_logprobs(models, config)
 
     def loss(params: Networks, rows: Experience, count):
         mask = rows.transcript.mask
-        learner = speak(params.policy, rows.transcript)
+        learner = policy_logprobs(params.policy, rows.transcript)
         values = values_of(models, params.critic, rows.transcript, learner.hidden)
         policy_loss, policy = losses.clipped_surrogate(
             learner.logprobs,
@@ -196,7 +209,7 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
             "policy/approx_kl": total(policy.approx_kl),
             "policy/clip_fraction": total(policy.clipped),
             "policy/ratio_mean": total(policy.ratio),
-            "policy/ratio_var": total(jnp.square(policy.ratio - 1.0)),
+            "policy/ratio_mse": total(jnp.square(policy.ratio - 1.0)),
             "policy/entropy_learner": total(learner.entropy),
             "value/loss": total(value_loss),
             "value/clip_fraction": total(value_clipped),
@@ -286,6 +299,13 @@ def validate(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a `UserError` for settings that cannot work together."""
     online.check_rollout(config)
     online.check_minibatches(config, config.ppo, mesh)
+    # A shorter horizon could turn the coefficient's sign.
+    horizon = {"ppo.adaptive_kl.horizon": (config.rollout.prompts / 5, math.inf)}
+    common.check_ranges(config, RANGES | horizon)
+    if 0 < config.ppo.dual_clip < 1:
+        raise UserError(
+            f"config.ppo.dual_clip={config.ppo.dual_clip} must be at least 1, or 0: off"
+        )
     if config.ppo.kl_estimator not in losses.kl.ESTIMATORS:
         raise UserError(
             f"config.ppo.kl_estimator={config.ppo.kl_estimator!r} is unknown; take one "
@@ -323,42 +343,23 @@ def make_phase(
     reference: Any,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 6."""
+    collect = online.make_collect(config, mesh, sample, rewards, prompts)
     assess = make_assess(models, config)
     update = make_update(models, config, optimizer)
     batch, ppo = config.rollout.prompts, config.ppo
 
     def run_phase(state, phase):
-        started = time.perf_counter()
-        taken = phase_batch(prompts, phase - 1, batch_size=batch, seed=config.seed)
-        key = online.branch_key(config.seed, online.SAMPLING, phase)
-        rollout = sample(state.policy, taken.texts, key, range(batch))
-        sampled = time.perf_counter()
-        total, parts = score_all(
-            rewards, taken.texts, rollout.responses, **taken.columns
-        )
-        scored = time.perf_counter()
-        scores = sharding.to_devices(total, sharding.rows(mesh))
+        jax.block_until_ready(state)  # the last update is not this rollout's time
+        collected = collect(state.policy, phase)
+        _, _, transcript, samples = collected.rollout
         experience, metrics = assess(
-            state, reference, rollout.transcript, rollout.samples, scores
+            state, reference, transcript, samples, collected.scores
         )
-        order = online.minibatch_order(
-            online.branch_key(config.seed, online.ORDER, phase),
-            batch,
-            ppo.epochs,
-            ppo.minibatches,
-        )
+        key = keys.branch_key(config.seed, keys.ORDER, phase)
+        order = online.minibatch_order(key, batch, ppo.epochs, ppo.minibatches)
         state, learned = update(state, experience, order)
-        kl = sharding.to_host(experience.sequence_kl)
-        scores = name_scores(total, parts)
-        rows = records(rollout, scores, kl, split="train", seed=config.seed)
-        metrics |= learned | online.rollout_metrics(rows, total, parts)
-        metrics |= {
-            "episodes": phase * batch,
-            "time/rollout_s": sampled - started,
-            "time/reward_s": scored - sampled,
-            "time/tokens_per_s": sum(r["tokens"] for r in rows) / (sampled - started),
-        }
-        return state, metrics, rows
+        rows, measured = online.report(config, collected, experience.sequence_kl)
+        return state, metrics | learned | measured | {"episodes": phase * batch}, rows
 
     return run_phase
 

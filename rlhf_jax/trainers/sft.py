@@ -27,7 +27,7 @@ from rlhf_jax.data.sequences import encode_sequences
 from rlhf_jax.data.texts import load_texts
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.trainers import common, loading, offline, online
+from rlhf_jax.trainers import common, keys, loading, offline, online
 
 FIELDS = {
     "loss": "loss {:.3f}",
@@ -104,14 +104,16 @@ def make_evaluate(
         kept = texts._replace(mask=texts.mask & valid[:, None])
         return {"loss": loss_sums(model, config, params, kept)}
 
-    key = online.branch_key(config.seed, online.HELDOUT, 0)
+    key = keys.branch_key(config.seed, keys.HELDOUT, 0)
+    spare = -len(prompts) % sharding.batch_shards()
+    asked = [prompts[i % len(prompts)] for i in range(len(prompts) + spare)]
 
     def evaluate(state: offline.State):
         metrics = offline.evaluate_rows(
             sums, state.policy, heldout, batch=config.learning.batch, mesh=mesh
         )
-        rollout = sample(state.policy, prompts, key, range(len(prompts)))
-        pairs = zip(rollout.prompts, rollout.responses)
+        rollout = sample(state.policy, asked, key, range(len(asked)))
+        pairs = list(zip(rollout.prompts, rollout.responses))[: len(prompts)]
         rows = [{"split": "heldout", "prompt": p, "response": r} for p, r in pairs]
         return metrics, rows
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
+
+from .conftest import SENTENCES
 
 REWARDS = "tests.trainers.reward_functions"
 
@@ -239,11 +242,39 @@ def test_no_phases(fails, value):
         ("rollout__top_p", 0.0),
         ("ppo__epochs", 0),
         ("ppo__minibatches", 0),
+        ("ppo__gamma", 1.5),
+        ("ppo__clip_low", 2.0),
+        ("ppo__dual_clip", 0.5),
+        ("ppo__adaptive_kl__horizon", 2.0),
+        ("logprob_chunk", -1),
         ("logging__wandb", "sometimes"),
     ],
 )
 def test_setting_without_meaning(fails, name, value):
-    assert str(value) in fails(**{name: value})
+    message = fails(**{name: value})
+    assert str(value) in message
+    assert name.rpartition("__")[2] in message
+
+
+def test_tokenizer_of_another_model(fails, world, tmp_path):
+    """With more tokens than the policy has rows for."""
+    train_tokenizer(SENTENCES, 330).save_pretrained(tmp_path / "large")
+    message = fails(tokenizer=str(tmp_path / "large"))
+    assert "the policy only 320: they are no pair" in message
+
+
+def test_critic_that_cannot_read_the_policy(fails, broken):
+    edit_config(broken, max_position_embeddings=32)
+    message = fails(critic__source=str(broken))
+    assert "a context of 32, the policy 320 and 48" in message
+
+
+def test_section_that_the_config_lacks(world, run, tmp_path):
+    config = world.ppo_config(tmp_path / "run")
+    with config.unlocked():
+        del config.judges
+    with pytest.raises(UserError, match=r"has no setting 'judges'.* which ppo needs"):
+        run(config)
 
 
 def test_shared_critic_with_a_source(fails):

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.trainers import online
+from rlhf_jax.trainers import keys, online
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
 
 
 def test_each_epoch_is_a_permutation_and_no_two_are_alike():
-    key = online.branch_key(0, online.ORDER, 1)
+    key = keys.branch_key(0, keys.ORDER, 1)
     order = np.asarray(online.minibatch_order(key, 32, 3, 4))
     assert order.shape == (3, 4, 8)
     for epoch in order:
@@ -70,9 +70,9 @@ def test_each_epoch_is_a_permutation_and_no_two_are_alike():
 
 def test_branches_and_phases_have_keys_of_their_own():
     seen = {
-        tuple(jax.random.key_data(online.branch_key(seed, branch, phase)).tolist())
+        tuple(jax.random.key_data(keys.branch_key(seed, branch, phase)).tolist())
         for seed in (0, 1)
-        for branch in (online.SAMPLING, online.ORDER, online.HELDOUT)
+        for branch in (keys.INIT, keys.SAMPLING, keys.ORDER, keys.HELDOUT)
         for phase in (0, 1, 2)
     }
-    assert len(seen) == 18
+    assert len(seen) == 24

@@ -4,7 +4,9 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ from rlhf_jax import checkpoint, run_files
 from rlhf_jax.data import reviews
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.pretrained import load_pretrained
-from rlhf_jax.trainers import offline
+from rlhf_jax.trainers import offline, ppo
 
 from .conftest import LLAMA, NOUNS, VERBS
 
@@ -220,6 +222,85 @@ def test_eight_devices_and_one_agree(world, run, tmp_path):
             )
 
 
+def test_going_on_with_another_mesh(world, run, tmp_path):
+    """Phases 4 and 5 on eight devices, from a checkpoint of one device."""
+    calm = {"optimizer__lr": 3e-4, "optimizer__critic_lr": 1e-3, "total_phases": 5}
+    split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    workdir = tmp_path / "run"
+    run(world.ppo_config(workdir, **calm))
+    expected = metrics_of(workdir)
+    last = workdir / "checkpoints" / "5"
+    shutil.rmtree(last)
+    run(world.ppo_config(workdir, **calm, **split), devices=8)
+    assert last.is_dir()
+    for row, other in zip(metrics_of(workdir), expected, strict=True):
+        assert row == pytest.approx(other, rel=0, abs=1e-4)
+
+
+def test_resuming_holds_no_second_state(world, run, straight, tmp_path, monkeypatch):
+    """What is alive in a phase of a resumed run is what is alive in a fresh one."""
+    held = []
+
+    def measure(make_update):
+        def made(*arguments):
+            update = make_update(*arguments)
+
+            def measured(*arguments):
+                held.append(sum(x.nbytes for x in jax.live_arrays()))
+                return update(*arguments)
+
+            return measured
+
+        return made
+
+    monkeypatch.setattr(ppo, "make_update", measure(ppo.make_update))
+    workdir = tmp_path / "run"
+    run(world.ppo_config(workdir, total_phases=2, checkpoint__every=1))
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    run(world.ppo_config(workdir, total_phases=2, checkpoint__every=1))
+    _, fresh, resumed = held
+    assert resumed < 1.05 * fresh
+
+
+def test_two_processes(world, alone, run, tmp_path):
+    """As on two hosts: a mesh over both, one that writes, and the metrics of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    workdir = tmp_path / "two"
+    calm = {"optimizer.lr": 3e-4, "optimizer.critic_lr": 1e-3, "total_phases": 2}
+    changed = [f"--config.{name}={value}" for name, value in calm.items()]
+    processes = [
+        subprocess.Popen(
+            [*command(world, workdir), *changed, "--config.mesh.fsdp=2"],
+            cwd=ROOT,
+            env=alone
+            | {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, complaints) in zip(processes, outputs):
+        assert process.returncode == 0, complaints
+    assert "phase 2/2" in outputs[0][0]
+    # All but the line of the transport itself.
+    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines())
+    changes = {name.replace(".", "__"): value for name, value in calm.items()}
+    run(world.ppo_config(tmp_path / "one", **changes))
+    for row, other in zip(
+        metrics_of(workdir), metrics_of(tmp_path / "one"), strict=True
+    ):
+        assert row == pytest.approx(other, rel=0, abs=1e-4)
+    load_pretrained(workdir / "export")
+
+
 def stop_before_phase(phase):
     """A patch of `offline.phase_rows`: Ctrl-C as the phase takes its rows."""
     phase_rows = offline.phase_rows
@@ -322,8 +403,9 @@ def test_reward_model_and_ppo_on_its_run(world, run, tmp_path, monkeypatch, caps
     assert last["heldout/accuracy"] > 0.8
 
     source = str(tmp_path / "straight")
-    config = world.ppo_config(
-        tmp_path / "ppo", total_phases=1, rewards__human__source=source
-    )
-    run(config)
-    assert [row["phase"] for row in metrics_of(tmp_path / "ppo")] == [0, 1]
+    workdir = tmp_path / "ppo"
+    run(world.ppo_config(workdir, total_phases=1, rewards__human__source=source))
+    assert [row["phase"] for row in metrics_of(workdir)] == [0, 1]
+    onward = world.ppo_config(tmp_path / "onward", total_phases=1, model=str(workdir))
+    run(onward)
+    assert [row["phase"] for row in metrics_of(tmp_path / "onward")] == [0, 1]

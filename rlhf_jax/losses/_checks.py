@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The smallest normal float32: the lower bound of what must be above zero.
+TINY = float(np.finfo(np.float32).tiny)
+
 
 def float32(x: jax.typing.ArrayLike) -> jax.Array:
     """Return `x` as float32, whatever its dtype."""

@@ -1,8 +1,16 @@
+import pathlib
+
 import jax
 import numpy as np
+import pytest
 
-from rlhf_jax.losses import next_token_loss, token_logprobs
+from rlhf_jax.losses import logprobs_from_logits, next_token_loss, token_logprobs
+from rlhf_jax.losses.supervised import dft
 from tests.losses import invariants
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "losses" / "preference.npz"
+REFERENCE = dict(np.load(FIXTURE))
+each_loss = pytest.mark.parametrize("loss", [next_token_loss, dft])
 
 
 def random_arguments(rng, B=4, T=6):
@@ -57,37 +65,112 @@ def test_smoothed_labels_equal_the_cross_entropy_with_soft_targets(rng):
     )
 
 
-def test_padding_is_irrelevant(rng):
-    logprobs, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(next_token_loss, [logprobs], mask)
+def test_smoothed_labels_equal_transformers():
+    """LabelSmoother of its Trainer: see make_preference_fixtures.py."""
+    mask = REFERENCE["mask"][0]
+
+    def mean(logits):
+        logprobs, _ = logprobs_from_logits(
+            *(logits, REFERENCE["targets"], mask),
+            temperature=1.0,
+            label_smoothing=0.1,
+        )
+        total, count = next_token_loss(logprobs, mask)
+        return total / count
+
+    got, gradient = jax.jit(jax.value_and_grad(mean))(REFERENCE["logits"])
+    np.testing.assert_allclose(got, REFERENCE["label_smoothing/loss"], rtol=1e-5)
+    expected = REFERENCE["label_smoothing/gradient"]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_batch_order_is_irrelevant_and_microbatches_sum_to_the_whole(rng):
+# dynamic fine-tuning
+
+
+def test_dft_worked_by_hand():
+    # ½ ln 2 + ¼ ln 4 = 0.3465736 + 0.3465736, and a certain token adds nothing
+    logprobs = np.array([[np.log(0.5), np.log(0.25), np.nan], [0.0, np.inf, 1.0]])
+    mask = np.array([[True, True, False], [True, False, False]])
+
+    def loss(logprobs):
+        total, count = dft(logprobs, mask)
+        return total, count
+
+    gradient, count = jax.grad(loss, has_aux=True)(logprobs.astype(np.float32))
+    np.testing.assert_allclose(loss(logprobs)[0], 0.6931472, rtol=1e-6)
+    assert float(count) == 3.0
+    # -π of each token: the weight itself has no gradient
+    expected = [[-0.5, -0.25, 0.0], [-1.0, 0.0, 0.0]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_dft_equals_a_loop(rng):
     logprobs, mask = random_arguments(rng)
-    whole = next_token_loss(logprobs, mask)
-    order = rng.permutation(4)
+    expected = 0.0
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        expected -= np.exp(float(logprobs[i, t])) * float(logprobs[i, t])
+    np.testing.assert_allclose(dft(logprobs, mask), (expected, mask.sum()), rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: dft(x, mask)[0]))(logprobs)
     np.testing.assert_allclose(
-        next_token_loss(logprobs[order], mask[order]), whole, rtol=1e-6
+        gradient, np.where(mask, -np.exp(logprobs), 0.0), rtol=1e-5
     )
-    invariants.assert_microbatches_sum_to_the_whole(next_token_loss, [logprobs], mask)
 
 
-def test_nothing_to_learn_gives_zero(rng):
+def test_dft_equals_trl():
+    """SFTTrainer.compute_loss, gradients too: see make_preference_fixtures.py."""
+
+    def mean(logprobs):
+        B, T = logprobs.shape[1:]
+        total, count = dft(
+            logprobs.reshape(2 * B, T), REFERENCE["mask"].reshape(2 * B, T)
+        )
+        return total / count
+
+    got, gradient = jax.jit(jax.value_and_grad(mean))(REFERENCE["logprobs"])
+    np.testing.assert_allclose(got, REFERENCE["dft/loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient, REFERENCE["dft/gradient"], rtol=1e-5, atol=1e-7
+    )
+
+
+# what both share
+
+
+@each_loss
+def test_padding_is_irrelevant(rng, loss):
     logprobs, mask = random_arguments(rng)
-    total, count = next_token_loss(logprobs, np.zeros_like(mask))
+    invariants.assert_padding_is_irrelevant(loss, [logprobs], mask)
+
+
+@each_loss
+def test_batch_order_is_irrelevant_and_microbatches_sum_to_the_whole(rng, loss):
+    logprobs, mask = random_arguments(rng)
+    whole = loss(logprobs, mask)
+    order = rng.permutation(4)
+    np.testing.assert_allclose(loss(logprobs[order], mask[order]), whole, rtol=1e-6)
+    invariants.assert_microbatches_sum_to_the_whole(loss, [logprobs], mask)
+
+
+@each_loss
+def test_nothing_to_learn_gives_zero(rng, loss):
+    logprobs, mask = random_arguments(rng)
+    total, count = loss(logprobs, np.zeros_like(mask))
     assert (float(total), float(count)) == (0.0, 0.0)
 
 
-def test_jit_equals_eager(rng):
-    invariants.assert_jit_equals_eager(next_token_loss, *random_arguments(rng))
+@each_loss
+def test_jit_equals_eager(rng, loss):
+    invariants.assert_jit_equals_eager(loss, *random_arguments(rng))
 
 
-def test_bfloat16_gives_float32(rng):
+@each_loss
+def test_bfloat16_gives_float32(rng, loss):
     logprobs, mask = random_arguments(rng)
-    invariants.assert_bfloat16_gives_float32(next_token_loss, [logprobs], mask)
+    invariants.assert_bfloat16_gives_float32(loss, [logprobs], mask)
 
 
-def test_wrong_shape_raises(rng):
+@pytest.mark.parametrize(("loss", "first"), [(next_token_loss, "x"), (dft, "logprobs")])
+def test_wrong_shape_raises(rng, loss, first):
     invariants.assert_wrong_shapes_raise(
-        next_token_loss, list(random_arguments(rng)), ["x", "mask"]
+        loss, list(random_arguments(rng)), [first, "mask"]
     )

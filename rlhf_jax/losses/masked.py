@@ -134,9 +134,15 @@ def whiten(
     """
     check_same_shape(x=x, mask=mask)
     mask = boolean(mask)
-    kept = jnp.where(mask, float32(x), 0.0)
-    center = mean(kept, mask)
-    whitened = (kept - center) * jax.lax.rsqrt(var(kept, mask) + eps)
+    # Seen from the largest, equal entries are exactly zero: the rounding error of their
+    # mean would be blown up by 1/√ε.
+    top = jax.lax.stop_gradient(
+        jnp.where(mask, float32(x), -jnp.inf).max(initial=-jnp.inf)
+    )
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    below = jnp.where(mask, float32(x) - top, 0.0)
+    center = mean(below, mask)
+    whitened = (below - center) * jax.lax.rsqrt(var(below, mask) + eps)
     if not shift_mean:
-        whitened = whitened + center
+        whitened = whitened + (center + top)
     return jnp.where(mask, whitened, 0.0)

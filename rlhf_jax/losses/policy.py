@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_jax.losses import kl as kl_estimates
 from rlhf_jax.losses._checks import (
+    TINY,
     boolean,
     check_range,
     check_rank,
@@ -255,9 +256,8 @@ def adaptive_kl_coef(
     """
     check_shape("kl_coef", kl_coef, (), "a scalar")
     check_shape("observed_kl", observed_kl, (), "a scalar")
-    smallest = float(np.finfo(np.float32).tiny)
-    check_range("target", target, smallest, float("inf"))
-    check_range("horizon", horizon, smallest, float("inf"))
+    check_range("target", target, TINY, float("inf"))
+    check_range("horizon", horizon, TINY, float("inf"))
     if isinstance(horizon, (int, float)):
         check_range("num_samples", num_samples, 0, 5 * horizon)
     error = jnp.clip(float32(observed_kl) / target - 1.0, -0.2, 0.2)

@@ -61,6 +61,17 @@ def loop_statistics(x, mask):
     return sum(real), len(real), mean, var
 
 
+def test_whiten_of_equal_entries_is_zero():
+    """Of 205 entries whose float32 mean is not the entry itself."""
+    for value in (0.1, 0.7, 10.1, 333.3):
+        x = np.full((5, 41), value, np.float32)
+        mask = np.ones_like(x, bool)
+        call = jax.jit(functools.partial(masked.whiten, shift_mean=True))
+        assert not np.asarray(call(x, mask)).any()
+        call = jax.jit(functools.partial(masked.whiten, shift_mean=False))
+        np.testing.assert_array_equal(call(x, mask), x)
+
+
 def test_equals_a_loop(rng):
     x, mask = rng.normal(2.0, 3.0, (5, 7)), invariants.random_mask(rng, 5, 7)
     total, count, mean, var = loop_statistics(x, mask)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import token_logprobs, top_logprobs
+from rlhf_jax.losses import log_sum_squares, token_logprobs, top_logprobs
 from tests.losses import invariants
 
 B, T, D, V, K = 3, 7, 5, 11, 4
@@ -114,3 +114,38 @@ def test_what_does_not_fit_raises(rng):
     for k in (0, V + 1):
         with pytest.raises(ValueError, match=rf"^k is {k}, expected .* \[1, 11\]"):
             top_logprobs(hidden, unembedding, k=k, **settings)
+
+
+@each_case
+def test_log_sum_squares(rng, case):
+    """Against the probabilities of every token, and their gradient by hand.
+
+    ∂/∂z_v log Σ p² = 2 p_v² / Σ p² − 2 p_v, times 1/τ and the cap's slope.
+    """
+    hidden, unembedding = random_arguments(rng)
+    settings = CASES[case]
+    call = functools.partial(log_sum_squares, **settings)
+    value, gradient = jax.jit(jax.value_and_grad(lambda h: call(h, unembedding).sum()))(
+        hidden
+    )
+    z = np.einsum("btd,vd->btv", hidden.astype(float), unembedding.astype(float))
+    cap, tau = settings.get("logit_softcap"), settings["temperature"]
+    slope = 1.0 if cap is None else 1.0 - np.tanh(z / cap) ** 2
+    z = (z if cap is None else cap * np.tanh(z / cap)) / tau
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    squares = (p**2).sum(-1, keepdims=True)
+    np.testing.assert_allclose(value, np.log(squares).sum(), rtol=1e-5)
+    slope = slope / tau * (2 * p**2 / squares - 2 * p)
+    expected = np.einsum("btv,vd->btd", slope, unembedding)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_log_sum_squares_under_the_mask(rng):
+    hidden, unembedding = random_arguments(rng)
+    mask = invariants.random_mask(rng, B, T)
+    call = functools.partial(log_sum_squares, temperature=1.0, chunk_size=3)
+    clean = call(hidden, unembedding, mask)
+    assert not np.asarray(clean)[~mask].any()
+    assert (np.asarray(clean)[mask] < 0).all()
+    filled = np.where(mask[..., None], hidden, np.float32(np.nan))
+    np.testing.assert_array_equal(call(filled, unembedding, mask), clean)

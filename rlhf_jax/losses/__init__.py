@@ -9,10 +9,27 @@ Losses are not averaged. Reduce with `masked.sum_and_count`, add the sums and th
 over micro-batches and devices, and divide once.
 """
 
-from rlhf_jax.losses import kl, masked
-from rlhf_jax.losses.advantages import gae
+from rlhf_jax.losses import aggregation, kl, masked
+from rlhf_jax.losses.advantages import (
+    discounted_returns,
+    gae,
+    over_tokens,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+)
+from rlhf_jax.losses.aggregation import aggregate
+from rlhf_jax.losses.direct_preference import dpo
+from rlhf_jax.losses.group_advantages import (
+    group_relative,
+    leave_one_out,
+    opo,
+    overlong_penalty,
+)
+from rlhf_jax.losses.importance import importance_weights
 from rlhf_jax.losses.logprobs import (
     TopTokens,
+    log_sum_squares,
     logprobs_from_logits,
     token_logprobs,
     top_logprobs,
@@ -26,25 +43,75 @@ from rlhf_jax.losses.policy import (
     kl_shaped_rewards,
     missing_eos_penalty,
 )
-from rlhf_jax.losses.preference import bradley_terry
-from rlhf_jax.losses.supervised import next_token_loss
+from rlhf_jax.losses.policy_variants import (
+    Variant,
+    cispo,
+    gspo,
+    gspo_token,
+    sapo,
+    variant,
+)
+from rlhf_jax.losses.preference import (
+    PairRewards,
+    bradley_terry,
+    implicit_rewards,
+    ld_logprobs,
+    sequence_logprobs,
+    wpo_weights,
+)
+from rlhf_jax.losses.reference_free import cpo, log_odds_ratio, orpo, simpo
+from rlhf_jax.losses.supervised import dft, next_token_loss
+from rlhf_jax.losses.unpaired import apo_zero_unpaired, kto, kto_reference_point
 
 __all__ = [
+    "PairRewards",
     "PolicyDiagnostics",
     "TopTokens",
+    "Variant",
     "adaptive_kl_coef",
+    "aggregate",
+    "aggregation",
+    "apo_zero_unpaired",
     "bradley_terry",
+    "cispo",
     "clipped_surrogate",
     "clipped_value_loss",
+    "cpo",
+    "dft",
+    "discounted_returns",
+    "dpo",
     "gae",
+    "group_relative",
+    "gspo",
+    "gspo_token",
+    "implicit_rewards",
+    "importance_weights",
     "kl",
     "kl_shaped_rewards",
+    "kto",
+    "kto_reference_point",
+    "ld_logprobs",
+    "leave_one_out",
+    "log_odds_ratio",
+    "log_sum_squares",
     "logprobs_from_logits",
     "masked",
     "missing_eos_penalty",
     "next_token_loss",
+    "opo",
+    "orpo",
+    "over_tokens",
+    "overlong_penalty",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "sapo",
+    "sequence_logprobs",
+    "simpo",
     "sum_and_count",
     "token_logprobs",
     "top_logprobs",
+    "variant",
     "whiten",
+    "wpo_weights",
 ]

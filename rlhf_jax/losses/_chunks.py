@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax.losses._checks import check_range
+from rlhf_jax.losses._checks import TINY, check_range
 
 
 class Options(NamedTuple):
@@ -28,13 +27,12 @@ class Options(NamedTuple):
 
 def make_options(temperature, logit_softcap, label_smoothing=0.0):
     """Check what the caller gave; `num_chunks` and `batch_shards` are set after."""
-    smallest = float(np.finfo(np.float32).tiny)
     temperature, label_smoothing = float(temperature), float(label_smoothing)
-    check_range("temperature", temperature, smallest, float("inf"))
+    check_range("temperature", temperature, TINY, float("inf"))
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     if logit_softcap is not None:
         logit_softcap = float(logit_softcap)
-        check_range("logit_softcap", logit_softcap, smallest, float("inf"))
+        check_range("logit_softcap", logit_softcap, TINY, float("inf"))
     return Options(temperature, logit_softcap, label_smoothing)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.losses._checks import (
     boolean,
@@ -200,28 +201,82 @@ def top_logprobs(
     References:
       Sparse teachers: Kim and Rush 2016, section 3, https://arxiv.org/abs/1606.07947
     """
-    check_rank("B T D", hidden=hidden)
-    check_rank("V D", unembedding=unembedding)
-    _, T, D = hidden.shape
-    V = unembedding.shape[0]
-    check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
-    check_range("k", k, 1, V)
-    options = make_options(temperature, logit_softcap)
-    options = options._replace(num_chunks=count_chunks(chunk_size, T))
+    check_range("k", k, 1, np.shape(unembedding)[0])
 
-    def chunk(h):
-        z = cap_and_scale(unembed(h, unembedding.astype(h.dtype)), options)
+    def summarize(z):
         best, tokens = jax.lax.top_k(z, k)
         normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
         return TopTokens(best - normalizer, tokens)
 
+    options = make_options(temperature, logit_softcap)
+    return _summaries(summarize, hidden, unembedding, mask, options, chunk_size)
+
+
+def log_sum_squares(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    temperature: float,
+    chunk_size: int | None,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """Log-probability that two draws at a position give the same token.
+
+    zᵥ = cap(h·Wᵥ) / τ,   log Σᵥ pᵥ² = log Σᵥ exp 2zᵥ − 2 log Σᵥ exp zᵥ
+
+    What `wpo_weights` compares the sampled token with; minus the Rényi entropy of
+    order 2.
+
+    Args:
+      hidden: float [B, T, D], after the final norm.
+      unembedding: float [V, D], the embedding's orientation.
+      mask: bool [B, T], True = a real token; None when all are real.
+      temperature: τ, a Python number above 0.
+      chunk_size: as in `token_logprobs`.
+      logit_softcap: s, a Python number; None for no cap.
+
+    Returns:
+      float32 [B, T] in nats, not above 0; zero in masked slots.
+
+    Raises:
+      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+
+    References:
+      Zhou et al. 2024 (WPO), section 3.2, https://arxiv.org/abs/2406.11827
+    """
+
+    def summarize(z):
+        return jax.nn.logsumexp(2.0 * z, axis=-1) - 2.0 * jax.nn.logsumexp(z, axis=-1)
+
+    options = make_options(temperature, logit_softcap)
+    return _summaries(summarize, hidden, unembedding, mask, options, chunk_size)
+
+
+def _summaries(summarize, hidden, unembedding, mask, options, chunk_size):
+    """What `summarize` makes of the logits [B, C, V] of each chunk, zero if masked."""
+    check_rank("B T D", hidden=hidden)
+    check_rank("V D", unembedding=unembedding)
+    _, T, D = hidden.shape
+    expected = (unembedding.shape[0], D)
+    check_shape("unembedding", unembedding, expected, "[V, D] with the D of hidden")
+    options = options._replace(num_chunks=count_chunks(chunk_size, T))
+
+    def chunk(h):
+        logits = unembed(h, unembedding.astype(h.dtype))
+        return summarize(cap_and_scale(logits, options))
+
     if mask is None:
         return map_chunks(chunk, options, hidden)
     check_shape("mask", mask, hidden.shape[:2], "the [B, T] of hidden")
-    mask = boolean(mask)[..., None]
-    hidden = jnp.where(mask, hidden, jnp.zeros_like(hidden))
-    found = map_chunks(chunk, options, hidden)
-    return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros_like(x)), found)
+    mask = boolean(mask)
+    hidden = jnp.where(mask[..., None], hidden, jnp.zeros_like(hidden))
+
+    def blank(x):
+        real = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
+        return jnp.where(real, x, jnp.zeros_like(x))
+
+    return jax.tree.map(blank, map_chunks(chunk, options, hidden))
 
 
 def _check_targets(targets, mask, expected, source):

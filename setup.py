@@ -36,6 +36,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.19"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
+    "judge": ["openai>=1.60"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",

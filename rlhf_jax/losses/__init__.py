@@ -9,7 +9,7 @@ Losses are not averaged. Reduce with `masked.sum_and_count`, add the sums and th
 over micro-batches and devices, and divide once.
 """
 
-from rlhf_jax.losses import aggregation, kl, masked
+from rlhf_jax.losses import aggregation, constrained, evolution, kl, masked
 from rlhf_jax.losses.advantages import (
     discounted_returns,
     gae,
@@ -76,10 +76,12 @@ __all__ = [
     "cispo",
     "clipped_surrogate",
     "clipped_value_loss",
+    "constrained",
     "cpo",
     "dft",
     "discounted_returns",
     "dpo",
+    "evolution",
     "gae",
     "group_relative",
     "gspo",

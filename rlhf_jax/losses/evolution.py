@@ -31,8 +31,7 @@ from rlhf_jax.losses._checks import (
     float32,
 )
 
-FULL, FROZEN = 0, -1
-INF, TINY = float("inf"), TINY
+FULL, FROZEN, INF = 0, -1, float("inf")
 # An accelerator's default rounds float32 to 10 bits; thin products cost little.
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -375,7 +374,7 @@ def _flatten(params, key, ranks):
         name, shape = jax.tree_util.keystr(path), leaf.shape
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"params{name} is {leaf.dtype}, expected a float dtype.")
-        if not isinstance(rank, int) or rank < FROZEN or (rank > 0 and len(shape) < 2):
+        if type(rank) is not int or rank < FROZEN or (rank > 0 and len(shape) < 2):
             raise ValueError(
                 f"ranks{name} is {rank} for shape {shape}, expected FULL, FROZEN, or "
                 "an int of at least 1 for a leaf [..., in, out]."

@@ -170,11 +170,12 @@ def test_pairs_and_tokens_ignore_padding_and_keep_to_themselves(rng):
     invariants.assert_microbatches_sum_to_the_whole(cost_loss, arrays, mask)
     invariants.assert_jit_equals_eager(cost_loss, *arrays, mask)
     invariants.assert_bfloat16_gives_float32(cost_loss, arrays, mask)
-    tokens = functools.partial(
-        lambda costs, others, mask: cost_model_token_loss(
+
+    def tokens(costs, others, mask):
+        return cost_model_token_loss(
             costs, others, -np.ones(3), np.ones(3), mask, regularization=0.05
         )
-    )
+
     arrays = list(rng.normal(size=(2, 3, 5)).astype(np.float32))
     mask = invariants.random_mask(rng, 3, 5)
     invariants.assert_padding_is_irrelevant(tokens, arrays, mask)

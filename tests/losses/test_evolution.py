@@ -1,6 +1,7 @@
 import functools
 import itertools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +265,15 @@ def test_low_rank_matmul_in_bfloat16_sums_in_float32(rng):
     invariants.assert_jit_equals_eager(function, x, kernel)
 
 
+def test_low_rank_matmul_rounds_a_float32_kernel_to_the_dtype_of_x(rng):
+    x, kernel, noise = random_layer(rng)
+    x = jnp.asarray(x, jnp.bfloat16)
+    got = low_rank_matmul(x, kernel, noise, sigma=0.2)
+    rounded = jnp.asarray(kernel, jnp.bfloat16)
+    expected = low_rank_matmul(x, rounded, noise, sigma=0.2)
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_low_rank_matmul_of_a_wrong_shape_raises(rng):
     x, kernel, (A, B) = random_layer(rng)
     for changes, message in (
@@ -307,8 +317,8 @@ def test_z_score_equals_a_loop(rng, group_size):
     for i in np.flatnonzero(mask):
         start = i - i % size
         group = [float(fitness[j]) for j in range(start, start + size) if mask[j]]
-        expected[i] = (fitness[i] - sum(group) / len(group)) / np.sqrt(variance + 1e-5)
-    got = z_score(fitness, mask, group_size=group_size, eps=1e-5)
+        expected[i] = (fitness[i] - sum(group) / len(group)) / np.sqrt(variance + 0.5)
+    got = z_score(fitness, mask, group_size=group_size, eps=0.5)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -377,6 +387,14 @@ def test_fitness_functions_ignore_padding(rng, function):
     if function is not centered_ranks:
         return
     invariants.assert_batch_order_is_irrelevant(function, [fitness], mask)
+
+
+@pytest.mark.parametrize("function", [z_score, centered_ranks])
+def test_fitness_has_no_gradient(rng, function):
+    fitness, mask = random_fitness(rng)
+    weights = np.arange(12, dtype=np.float32)
+    gradient = jax.grad(lambda x: (weights * function(x, mask)).sum())(fitness)
+    np.testing.assert_array_equal(gradient, np.zeros(12))
 
 
 def test_z_score_ignores_the_order_of_members(rng):
@@ -599,11 +617,11 @@ def test_noise_with_bad_arguments_raises(key):
     make = functools.partial(perturbation, antithetic=True)
     with pytest.raises(ValueError, match=r"params\['step'\] is int32, expected a flo"):
         make({"step": jnp.zeros((), jnp.int32)}, key, 0)
-    for rank in (-2, 1.0, True):
-        with pytest.raises(
-            ValueError, match=rf"ranks\['w'\] is {rank} for shape \(3,\)"
-        ):
-            make({"w": jnp.zeros(3)}, key, 0, ranks={"w": rank})
+    # a vector has no rank, and True is not one
+    for shape, rank in (((3,), 1), ((3, 3), -2), ((3, 3), 1.0), ((3, 3), True)):
+        message = rf"ranks\['w'\] is {rank} for shape {re.escape(str(shape))}, expected"
+        with pytest.raises(ValueError, match=message):
+            make({"w": jnp.zeros(shape)}, key, 0, ranks={"w": rank})
     with pytest.raises(ValueError, match="key is rbg, expected threefry2x32"):
         make(PARAMS, jax.random.key(0, impl="rbg"), 0)
     with pytest.raises(ValueError, match="member is -1, expected"):

@@ -104,9 +104,7 @@ def draw_inputs():
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     lengths = np.array([[6, 4, 3, 2], [5, 6, 3, 4]])
-    logprobs, old_logprobs, ref_logprobs = -rng.exponential(1.0, (3, B, T)).astype(
-        np.float32
-    )
+    logprobs, ref_logprobs = -rng.exponential(1.0, (2, B, T)).astype(np.float32)
     ids = np.where(np.arange(T) < lengths[..., None], rng.integers(2, 9, (2, B, T)), 0)
     ids[1, 1:, :1], ids[1, 2, 1] = ids[0, 1:, :1], ids[0, 2, 1]
     return {
@@ -117,7 +115,7 @@ def draw_inputs():
         "regularization": np.float32(0.05),
         "scores": 3 * normal(2, B),
         "logprobs": logprobs,
-        "old_logprobs": old_logprobs,
+        "old_logprobs": logprobs - np.float32(0.3) * normal(B, T),
         "ref_logprobs": ref_logprobs,
         "mask": np.arange(T) < lengths[0][:, None],
         "kl_coef": np.float32(0.2),

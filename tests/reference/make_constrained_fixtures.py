@@ -270,7 +270,7 @@ def main():
         saved |= {f"{name}/loss": loss, f"{name}/gradient": gradient}
     saved["shaped"] = run_shaping(lagrangian, inputs)
     saved["actor/loss"], saved["actor/gradient"] = run_actor(lagrangian, inputs)
-    settings = {"lr": 0.6, "cost_limit": -0.4, "max_multiplier": 1.5}
+    settings = {"lr": 0.6, "cost_limit": -0.4, "max_multiplier": 1.3}
     saved["multiplier/log"] = run_multiplier(lagrangian, inputs, settings)
     saved |= {f"multiplier/{name}": np.float32(x) for name, x in settings.items()}
     settings = {
@@ -278,8 +278,8 @@ def main():
         "lr": 0.4,
         "cost_limit": -0.3,
         "beta": 0.7,
-        "min_multiplier": 0.4,
-        "max_multiplier": 0.9,
+        "min_multiplier": 0.52,
+        "max_multiplier": 0.62,
     }
     history = run_adaptive(args.es_paper, inputs, settings)
     for name, x in (settings | history).items():

@@ -7,8 +7,8 @@ sentences people rated higher, with the raters' probability as soft label. Held-
 pairs share their first words, and none of their sentences is in the training split.
 Copy `export/` of the run to `rlhf_jax/builtin/reward` to ship it.
 
-Expect 0.83 of the held-out pairs told right, and a held-out loss of 0.44 nats, after about
-ten minutes on one core. The loss is that of Ouyang et al. 2022, equation 1,
+Expect 0.83 of the held-out pairs told right, and a held-out loss of 0.44 nats, after
+about ten minutes on one core. The loss is that of Ouyang et al. 2022, equation 1,
 https://arxiv.org/abs/2203.02155, with soft labels.
 """
 

@@ -32,9 +32,8 @@ def get_config() -> ConfigDict:
             "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
-            # Prompts: "builtin", a file, a hub's data set, "tfds:..."
             "data": {
-                "train": "builtin",
+                "train": "builtin",  # or a file, a hub's data set, "tfds:..."
                 "heldout": "builtin",
                 "column": "",  # "": "prompt", or else "text"
                 "extra_columns": (),  # handed to the rewards by name

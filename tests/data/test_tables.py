@@ -14,6 +14,8 @@ from rlhf_jax.errors import UserError
 
 ROWS = [{"text": "one", "label": 1}, {"text": "two", "label": 0}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+# A fixed time: the bytes name the tests below, and every worker must find the same.
+GZIPPED = gzip.compress(b'"x"\n' * 99, mtime=0)
 
 
 def write_rows(path):
@@ -81,8 +83,8 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
         ("a.txt", "", "a.txt is empty"),
         ("a.txt", b"\xff\xfe\x00", "cannot read .*a.txt: .*utf-8"),
         ("a.jsonl.gz", "not gzip", "cannot read .*gz: "),
-        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 99)[:-9], "cannot read .*gz: "),
-        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 9, "cannot read .*gz: "),
+        ("a.jsonl.gz", GZIPPED[:-9], "cannot read .*gz: "),
+        ("a.jsonl.gz", GZIPPED[:10] + b"\xff" * 9, "cannot read .*gz: "),
         ("a.parquet", "not parquet", "a.parquet is not a readable Parquet file"),
         ("a.xlsx", "x", r"cannot read .*a.xlsx: expected .* ends with one of \.jsonl"),
     ],

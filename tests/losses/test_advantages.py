@@ -144,11 +144,6 @@ def test_integer_rewards_are_not_the_cause_of_integer_advantages():
     np.testing.assert_array_equal(advantages, [[0.75, 0.5]])
 
 
-def test_padding_is_irrelevant(rng):
-    mask = invariants.random_mask(rng, 4, 6)
-    invariants.assert_padding_is_irrelevant(plain_gae, random_arguments(rng, B=4), mask)
-
-
 def test_bootstrap_of_a_row_without_tokens_is_irrelevant(rng):
     rewards, values = random_arguments(rng)
     mask = invariants.random_mask(rng, 3, 6)
@@ -160,22 +155,6 @@ def test_bootstrap_of_a_row_without_tokens_is_irrelevant(rng):
     expected = jax.value_and_grad(total)(values, 0.0)
     for x, y in zip(jax.value_and_grad(total)(values, jnp.nan), expected, strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def test_rows_are_independent(rng):
-    arrays, mask = random_arguments(rng), invariants.random_mask(rng, 3, 6)
-    invariants.assert_batch_order_is_irrelevant(plain_gae, arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(plain_gae, arrays, mask)
-
-
-def test_jit_equals_eager(rng):
-    mask = invariants.random_mask(rng, 3, 6)
-    invariants.assert_jit_equals_eager(plain_gae, *random_arguments(rng), mask)
-
-
-def test_bfloat16_gives_float32(rng):
-    mask = invariants.random_mask(rng, 3, 6)
-    invariants.assert_bfloat16_gives_float32(plain_gae, random_arguments(rng), mask)
 
 
 def test_wrong_shape_raises(rng):
@@ -398,13 +377,6 @@ BY_TOKEN = {
 by_token = pytest.mark.parametrize("function", BY_TOKEN.values(), ids=BY_TOKEN)
 
 
-@by_token
-def test_padding_of_returns_is_irrelevant(rng, function):
-    rewards, mask = random_arguments(rng, B=4)[0], invariants.random_mask(rng, 4, 6)
-    invariants.assert_padding_is_irrelevant(function, [rewards], mask)
-    assert not np.asarray(function(rewards, np.zeros((4, 6), bool))).any()
-
-
 def test_greedy_rewards_of_a_row_without_tokens_are_irrelevant(rng):
     rewards, mask = random_arguments(rng)[0], invariants.random_mask(rng, 3, 6)
 
@@ -417,22 +389,9 @@ def test_greedy_rewards_of_a_row_without_tokens_are_irrelevant(rng):
         np.testing.assert_array_equal(x, y)
 
 
-def test_rows_of_returns_are_independent(rng):
-    arrays, mask = random_arguments(rng), invariants.random_mask(rng, 3, 6)
-    greedy = arrays[1][:, 0]
-    pair = lambda x, y, mask: plain_remax(x, y, mask)
-    invariants.assert_batch_order_is_irrelevant(plain_returns, arrays[:1], mask)
-    invariants.assert_batch_order_is_irrelevant(plain_plus_plus, arrays[:1], mask)
-    invariants.assert_batch_order_is_irrelevant(pair, [arrays[0], greedy], mask)
-    invariants.assert_microbatches_sum_to_the_whole(plain_returns, arrays[:1], mask)
-    invariants.assert_microbatches_sum_to_the_whole(pair, [arrays[0], greedy], mask)
-
-
 @by_token
-def test_jit_and_dtype_of_returns(rng, function):
-    rewards, mask = random_arguments(rng)[0], invariants.random_mask(rng, 3, 6)
-    invariants.assert_jit_equals_eager(function, rewards, mask)
-    invariants.assert_bfloat16_gives_float32(function, [rewards], mask)
+def test_integer_rewards_give_float32(rng, function):
+    mask = invariants.random_mask(rng, 3, 6)
     assert function(np.ones((3, 6), int), mask).dtype == jnp.float32
 
 

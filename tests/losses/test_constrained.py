@@ -163,25 +163,6 @@ def test_the_zero_of_the_cost_is_learned():
     assert jax.grad(loss)(jnp.float32(0.0)) > 0.9
 
 
-def test_pairs_and_tokens_ignore_padding_and_keep_to_themselves(rng):
-    arrays, mask = random_pairs(rng)
-    invariants.assert_padding_is_irrelevant(cost_loss, arrays, mask)
-    invariants.assert_batch_order_is_irrelevant(cost_loss, arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(cost_loss, arrays, mask)
-    invariants.assert_jit_equals_eager(cost_loss, *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(cost_loss, arrays, mask)
-
-    def tokens(costs, others, mask):
-        return cost_model_token_loss(
-            costs, others, -np.ones(3), np.ones(3), mask, regularization=0.05
-        )
-
-    arrays = list(rng.normal(size=(2, 3, 5)).astype(np.float32))
-    mask = invariants.random_mask(rng, 3, 5)
-    invariants.assert_padding_is_irrelevant(tokens, arrays, mask)
-    invariants.assert_bfloat16_gives_float32(tokens, arrays, mask)
-
-
 def test_cost_model_loss_of_a_wrong_shape_raises(rng):
     arrays, mask = random_pairs(rng)
     names = ["safer_cost", "unsafer_cost", "safer_sign", "unsafer_sign", "mask"]
@@ -435,15 +416,6 @@ def test_the_multiplier_gets_no_gradient(rng):
         return advantage.sum() + reward.sum()
 
     assert jax.grad(total)(jnp.float32(0.5)) == 0.0
-
-
-def test_combined_advantage_ignores_padding_and_rows_keep_to_themselves(rng):
-    arrays, mask = random_advantages(rng), invariants.random_mask(rng, 3, 5)
-    invariants.assert_padding_is_irrelevant(combined, arrays, mask)
-    invariants.assert_batch_order_is_irrelevant(combined, arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(combined, arrays, mask)
-    invariants.assert_jit_equals_eager(combined, *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(combined, arrays, mask)
 
 
 def test_combined_advantage_with_bad_arguments_raises(rng):

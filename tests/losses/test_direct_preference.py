@@ -204,16 +204,6 @@ def test_a_rare_response_overflows_no_divergence():
         assert np.isfinite([total(s), *jax.grad(total)(s)]).all()
 
 
-def test_padding_is_irrelevant_to_divergences(rng):
-    arrays, mask = random_arguments(rng)
-    for divergence in DIVERGENCES:
-        alpha = 0.3 if divergence == "alpha" else None
-        options = {"divergence": divergence, "alpha": alpha, "loss_type": "sigmoid"}
-        invariants.assert_padding_is_irrelevant(
-            functools.partial(dpo, beta=0.3, **options), arrays, mask
-        )
-
-
 def test_numbers_may_be_traced(rng):
     (*logprobs,), mask = random_arguments(rng)
 

@@ -6,12 +6,10 @@ import pytest
 
 from rlhf_jax.losses.direct_preference import dpo
 from rlhf_jax.losses.dpo_types import LOSS_TYPES
-from tests.losses import invariants
 
 NEEDS = {"exo_pair": {"label_smoothing": 0.1}, "discopop": {"tau": 0.5}}
 NEEDS |= {kind: {"label_smoothing": 0.1} for kind in ("robust", "aot", "aot_unpaired")}
 each_type = pytest.mark.parametrize("kind", LOSS_TYPES)
-ROWWISE = [name for name, kind in LOSS_TYPES.items() if not kind.sorts]
 
 
 def options_of(kind):
@@ -194,27 +192,6 @@ def test_equals_a_loop(rng, kind):
     np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-6)
 
 
-# what they share
-
-
-@each_type
-def test_padding_is_irrelevant(rng, kind):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(with_everything(kind), arrays, mask)
-
-
-@each_type
-def test_batch_order_is_irrelevant(rng, kind):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_batch_order_is_irrelevant(with_everything(kind), arrays, mask)
-
-
-@pytest.mark.parametrize("kind", ROWWISE)
-def test_microbatches_sum_to_the_whole(rng, kind):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_microbatches_sum_to_the_whole(with_everything(kind), arrays, mask)
-
-
 @pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
 def test_rows_that_fill_up_a_batch_move_no_rank(rng, kind):
     """With and without them: the same bits, gradients too."""
@@ -244,13 +221,6 @@ def test_a_pair_far_from_the_reference_overflows_nothing(kind):
     for pair in ((big, -big), (big, big), (zeros, big)):
         gradient, losses = jax.grad(total, has_aux=True)(pair)
         assert np.isfinite([losses, *gradient]).all()
-
-
-@each_type
-def test_jit_equals_eager_and_bfloat16_gives_float32(rng, kind):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(with_everything(kind), *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(with_everything(kind), arrays, mask)
 
 
 def test_every_type_has_its_equation_and_its_paper():

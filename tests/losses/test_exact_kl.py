@@ -130,33 +130,6 @@ def test_zero_at_the_reference_with_zero_gradient(rng):
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
-def test_padding_is_irrelevant(rng):
-    hidden, unembedding, ref_hidden, ref_unembedding = random_arguments(rng)
-    mask = invariants.random_mask(rng, B, T)
-
-    def over_rows(first, second, mask):
-        wide = lambda x, like: x[..., None] * like
-        return kl.exact(
-            wide(first, hidden[:, :, :]),
-            unembedding,
-            wide(second, ref_hidden),
-            ref_unembedding,
-            mask,
-            temperature=0.7,
-            chunk_size=3,
-        )
-
-    arrays = [rng.normal(size=(B, T)).astype(np.float32) for _ in range(2)]
-    invariants.assert_padding_is_irrelevant(over_rows, arrays, mask)
-    invariants.assert_batch_order_is_irrelevant(
-        lambda h, r, mask: kl.exact(
-            h, unembedding, r, ref_unembedding, mask, temperature=0.7, chunk_size=3
-        ),
-        [hidden, ref_hidden],
-        mask,
-    )
-
-
 def test_logits_under_the_mask_are_irrelevant(rng):
     mask = invariants.random_mask(rng, B, T)
     logits = rng.normal(size=(2, B, T, V)).astype(np.float32)

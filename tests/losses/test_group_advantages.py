@@ -401,19 +401,6 @@ def test_overlong_penalty_of_bad_arguments_raises():
 each = pytest.mark.parametrize("name", ALL)
 
 
-@each
-def test_unscored_rows_are_irrelevant(rng, name):
-    rewards, mask = example(rng, name)
-    scored = mask if mask.ndim == 1 else mask.any(1)
-
-    def by_row(rewards, scored):
-        kept = scored if mask.ndim == 1 else jnp.asarray(mask) & scored[:, None]
-        return ALL[name](rewards, kept)
-
-    invariants.assert_padding_is_irrelevant(by_row, [rewards], scored)
-    assert not np.asarray(ALL[name](rewards, np.zeros_like(mask))).any()
-
-
 @pytest.mark.parametrize("function", BY_ROW.values(), ids=BY_ROW)
 def test_unscored_rows_do_not_count(rng, function):
     """A group with unscored rows is the smaller group without them."""
@@ -456,10 +443,8 @@ def test_sharded_rows_give_the_same(rng, name):
 
 
 @each
-def test_jit_and_dtype(rng, name):
-    rewards, mask = example(rng, name)
-    invariants.assert_jit_equals_eager(ALL[name], rewards, mask)
-    invariants.assert_bfloat16_gives_float32(ALL[name], [rewards], mask)
+def test_integer_rewards_give_float32(rng, name):
+    _, mask = example(rng, name)
     assert ALL[name](np.arange(12), mask).dtype == jnp.float32
 
 

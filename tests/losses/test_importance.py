@@ -126,22 +126,6 @@ def test_weights_carry_no_gradient(rng, level, mode):
 
 
 @each_case
-def test_padding_is_irrelevant_and_rows_are_independent(rng, level, mode):
-    arrays, mask = random_arguments(rng)
-    function = weights_of(level, mode)
-    invariants.assert_padding_is_irrelevant(function, arrays, mask)
-    invariants.assert_batch_order_is_irrelevant(function, arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(function, arrays, mask)
-
-
-@each_case
-def test_jit_equals_eager_and_bfloat16_gives_float32(rng, level, mode):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(weights_of(level, mode), *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(weights_of(level, mode), arrays, mask)
-
-
-@each_case
 def test_wrong_shape_raises(rng, level, mode):
     arrays, mask = random_arguments(rng)
     invariants.assert_wrong_shapes_raise(

@@ -150,31 +150,6 @@ def test_equal_policies_have_no_divergence(rng):
         assert not np.asarray(named(estimator)(logprobs, logprobs, mask)).any()
 
 
-@each_estimator
-def test_padding_is_irrelevant(rng, estimator):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(named(estimator), arrays, mask)
-
-
-@each_estimator
-def test_rows_are_independent(rng, estimator):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_batch_order_is_irrelevant(named(estimator), arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(named(estimator), arrays, mask)
-
-
-@each_estimator
-def test_jit_equals_eager(rng, estimator):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(named(estimator), *arrays, mask)
-
-
-@each_estimator
-def test_bfloat16_gives_float32(rng, estimator):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_bfloat16_gives_float32(named(estimator), arrays, mask)
-
-
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_wrong_shape_raises(rng, function):
     arrays, mask = random_arguments(rng)

@@ -87,12 +87,6 @@ def test_equals_a_loop(rng):
         np.testing.assert_allclose(got, whitened, rtol=1e-5, atol=1e-6)
 
 
-@each_reduction
-def test_padding_is_irrelevant(rng, function):
-    mask = invariants.random_mask(rng, 4, 6)
-    invariants.assert_padding_is_irrelevant(function, [rng.normal(size=(4, 6))], mask)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=st.sampled_from([(1, 1), (2, 5), (3, 8)]),
@@ -155,18 +149,6 @@ def test_eight_devices_equal_one(rng, name):
         jax.tree.leaves(sharded), jax.tree.leaves(function(x, mask)), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
-@each_reduction
-def test_jit_equals_eager(rng, function):
-    x, mask = rng.normal(size=(3, 5)), invariants.random_mask(rng, 3, 5)
-    invariants.assert_jit_equals_eager(function, x.astype(np.float32), mask)
-
-
-@each_reduction
-def test_bfloat16_gives_float32(rng, function):
-    x, mask = rng.normal(size=(3, 5)), invariants.random_mask(rng, 3, 5)
-    invariants.assert_bfloat16_gives_float32(function, [x], mask)
 
 
 @each_reduction

@@ -20,11 +20,6 @@ surrogate = functools.partial(
 value_loss = functools.partial(clipped_value_loss, clip_range=0.2)
 
 
-def shaped(scores_by_token, kl, mask):
-    """The scores as the first column, so that every array is [B, T]."""
-    return kl_shaped_rewards(scores_by_token[:, 0], kl, mask, kl_coef=0.1)
-
-
 KERNELS = {"surrogate": surrogate, "value_loss": value_loss}
 ARRAYS = {
     "surrogate": ["logprobs", "old_logprobs", "advantages", "mask"],
@@ -239,34 +234,6 @@ def test_value_loss_equals_a_loop(rng):
     np.testing.assert_array_equal(clipped, mask & (slopes == 0))
 
 
-# what both share
-
-
-@each_kernel
-def test_padding_is_irrelevant(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(KERNELS[kernel], arrays, mask)
-
-
-@each_kernel
-def test_rows_are_independent(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_batch_order_is_irrelevant(KERNELS[kernel], arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(KERNELS[kernel], arrays, mask)
-
-
-@each_kernel
-def test_jit_equals_eager(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(KERNELS[kernel], *arrays, mask)
-
-
-@each_kernel
-def test_bfloat16_gives_float32(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_bfloat16_gives_float32(KERNELS[kernel], arrays, mask)
-
-
 @each_kernel
 def test_wrong_shape_raises(rng, kernel):
     arrays, mask = random_arguments(rng)
@@ -335,16 +302,6 @@ def test_shaped_rewards_are_float_whatever_the_scores_are():
         )
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, [[-0.5, 0.5], [-0.5, -2.5]], rtol=1e-6)
-
-
-def test_shaped_rewards_ignore_padding_and_rows_keep_to_themselves(rng):
-    (scores, kl, _), mask = random_arguments(rng)
-    mask[:-1, 0] = True  # the first column carries the scores of rows that are real
-    invariants.assert_padding_is_irrelevant(shaped, [scores, kl], mask)
-    invariants.assert_batch_order_is_irrelevant(shaped, [scores, kl], mask)
-    invariants.assert_microbatches_sum_to_the_whole(shaped, [scores, kl], mask)
-    invariants.assert_jit_equals_eager(shaped, scores, kl, mask)
-    invariants.assert_bfloat16_gives_float32(shaped, [scores, kl], mask)
 
 
 def test_shaped_rewards_take_a_coefficient_that_adapts(rng):

@@ -332,22 +332,9 @@ def test_a_broken_sample_overflows_nothing(kernel):
     np.testing.assert_allclose(gradient[1], [expected] * 3, rtol=1e-6)
 
 
-# what all share
-
-
 @each_kernel
-def test_padding_is_irrelevant_and_rows_are_independent(rng, kernel):
+def test_shapes_and_dtypes(rng, kernel):
     arrays, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(KERNELS[kernel], arrays, mask)
-    invariants.assert_batch_order_is_irrelevant(KERNELS[kernel], arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(KERNELS[kernel], arrays, mask)
-
-
-@each_kernel
-def test_jit_equals_eager_and_bfloat16_gives_float32(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(KERNELS[kernel], *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(KERNELS[kernel], arrays, mask)
     losses, diagnostics = KERNELS[kernel](*arrays, mask)
     assert losses.shape == diagnostics.clipped.shape == mask.shape
     assert losses.dtype == jnp.float32 and diagnostics.clipped.dtype == jnp.bool_

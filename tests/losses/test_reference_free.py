@@ -196,42 +196,6 @@ def test_certain_and_impossible_responses_overflow_nothing():
             assert np.isfinite(slope).all()
 
 
-# what they share
-
-
-@each_kernel
-def test_padding_is_irrelevant(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(KERNELS[kernel], arrays, mask)
-
-
-@each_kernel
-def test_pairs_are_independent(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_batch_order_is_irrelevant(KERNELS[kernel], arrays, mask)
-    invariants.assert_microbatches_sum_to_the_whole(KERNELS[kernel], arrays, mask)
-
-
-@each_kernel
-def test_jit_equals_eager_and_bfloat16_gives_float32(rng, kernel):
-    arrays, mask = random_arguments(rng)
-    invariants.assert_jit_equals_eager(KERNELS[kernel], *arrays, mask)
-    invariants.assert_bfloat16_gives_float32(KERNELS[kernel], arrays, mask)
-
-
-def test_masked_lengths_are_irrelevant(rng):
-    (chosen, rejected), mask = random_arguments(rng)
-
-    def function(chosen, rejected, lengths, mask):
-        return cpo(
-            *(chosen, rejected, mask),
-            **{"beta": 0.3, "nll_coef": 0.7, "chosen_lengths": lengths},
-        )
-
-    lengths = rng.integers(1, 9, 6).astype(np.float32)
-    invariants.assert_padding_is_irrelevant(function, [chosen, rejected, lengths], mask)
-
-
 # bad input
 
 

@@ -10,7 +10,6 @@ from tests.losses import invariants
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "losses" / "preference.npz"
 REFERENCE = dict(np.load(FIXTURE))
-each_loss = pytest.mark.parametrize("loss", [next_token_loss, dft])
 
 
 def random_arguments(rng, B=4, T=6):
@@ -131,42 +130,6 @@ def test_dft_equals_trl():
     np.testing.assert_allclose(
         gradient, REFERENCE["dft/gradient"], rtol=1e-5, atol=1e-7
     )
-
-
-# what both share
-
-
-@each_loss
-def test_padding_is_irrelevant(rng, loss):
-    logprobs, mask = random_arguments(rng)
-    invariants.assert_padding_is_irrelevant(loss, [logprobs], mask)
-
-
-@each_loss
-def test_batch_order_is_irrelevant_and_microbatches_sum_to_the_whole(rng, loss):
-    logprobs, mask = random_arguments(rng)
-    whole = loss(logprobs, mask)
-    order = rng.permutation(4)
-    np.testing.assert_allclose(loss(logprobs[order], mask[order]), whole, rtol=1e-6)
-    invariants.assert_microbatches_sum_to_the_whole(loss, [logprobs], mask)
-
-
-@each_loss
-def test_nothing_to_learn_gives_zero(rng, loss):
-    logprobs, mask = random_arguments(rng)
-    total, count = loss(logprobs, np.zeros_like(mask))
-    assert (float(total), float(count)) == (0.0, 0.0)
-
-
-@each_loss
-def test_jit_equals_eager(rng, loss):
-    invariants.assert_jit_equals_eager(loss, *random_arguments(rng))
-
-
-@each_loss
-def test_bfloat16_gives_float32(rng, loss):
-    logprobs, mask = random_arguments(rng)
-    invariants.assert_bfloat16_gives_float32(loss, [logprobs], mask)
 
 
 @pytest.mark.parametrize(("loss", "first"), [(next_token_loss, "x"), (dft, "logprobs")])

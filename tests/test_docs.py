@@ -27,3 +27,13 @@ def test_every_row_of_the_table_has_its_cells():
     for row in rows:
         cells = row.replace(r"\|", "").strip("|").split("|")
         assert len(cells) == 3, row
+
+
+def test_the_example_learns_with_the_losses_alone(capsys):
+    path = ROOT / "examples" / "grpo.py"
+    ours = [line for line in path.read_text("utf-8").splitlines() if "rlhf_jax" in line]
+    assert ours == ["from rlhf_jax import losses"]
+    rewards = load(path).main(steps=61)
+    assert rewards[0] < 0.4
+    assert min(rewards[-5:]) > 0.8
+    assert "step  60  reward 0." in capsys.readouterr().out

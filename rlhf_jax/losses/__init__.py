@@ -2,7 +2,8 @@
 
 Nothing here needs more than jax and numpy. B sequences, T tokens: per-token results are
 `[B, T]`, pair results `[B]`, always float32, and zero wherever the mask is False,
-whatever stands there. Arrays come in the order new, old, advantage, mask;
+whatever stands there; so a mask without a True gives zero, and never nan. An array
+without entries raises. Arrays come in the order new, old, advantage, mask;
 hyper-parameters by keyword.
 
 Losses are not averaged. Reduce with `masked.sum_and_count`, add the sums and the counts
@@ -27,13 +28,7 @@ from rlhf_jax.losses.group_advantages import (
     overlong_penalty,
 )
 from rlhf_jax.losses.importance import importance_weights
-from rlhf_jax.losses.logprobs import (
-    TopTokens,
-    log_sum_squares,
-    logprobs_from_logits,
-    token_logprobs,
-    top_logprobs,
-)
+from rlhf_jax.losses.logprobs import logprobs_from_logits, token_logprobs
 from rlhf_jax.losses.masked import sum_and_count, whiten
 from rlhf_jax.losses.policy import (
     PolicyDiagnostics,
@@ -61,6 +56,11 @@ from rlhf_jax.losses.preference import (
 )
 from rlhf_jax.losses.reference_free import cpo, log_odds_ratio, orpo, simpo
 from rlhf_jax.losses.supervised import dft, next_token_loss
+from rlhf_jax.losses.token_summaries import (
+    TopTokens,
+    log_sum_squares,
+    top_logprobs,
+)
 from rlhf_jax.losses.unpaired import apo_zero_unpaired, kto, kto_reference_point
 
 __all__ = [

@@ -26,7 +26,8 @@ def check_rank(key: str, **arrays: jax.typing.ArrayLike) -> None:
       **arrays: the arrays by argument name.
 
     Raises:
-      ValueError: names the first array with another rank, its shape and `key`.
+      ValueError: names the first array with another rank, or with nothing in it, its
+        shape and `key`.
     """
     names = key.split()
     for name, array in arrays.items():
@@ -34,15 +35,25 @@ def check_rank(key: str, **arrays: jax.typing.ArrayLike) -> None:
             raise ValueError(
                 f"{name} has shape {np.shape(array)}, expected [{', '.join(names)}]."
             )
+        if 0 in np.shape(array):
+            raise ValueError(
+                f"{name} has shape {np.shape(array)}, expected [{', '.join(names)}] "
+                "with at least one entry."
+            )
 
 
 def check_same_shape(**arrays: jax.typing.ArrayLike) -> None:
     """Raise ValueError unless all named arrays have the shape of the first.
 
     Raises:
-      ValueError: names the first array that differs, its shape and the expected one.
+      ValueError: names the first array that differs, its shape and the expected one, or
+        the first array if it has no entries.
     """
     (first, array), *others = arrays.items()
+    if 0 in np.shape(array):
+        raise ValueError(
+            f"{first} has shape {np.shape(array)}, expected at least one entry."
+        )
     for name, other in others:
         check_shape(name, other, np.shape(array), f"the shape of {first}")
 
@@ -60,7 +71,7 @@ def check_shape(
 def check_range(name: str, value: object, low: float, high: float) -> None:
     """Raise ValueError unless low <= value <= high.
 
-    A traced or array value passes: only numbers known to Python are compared.
+    A traced or array value passes: only numbers known to Python or numpy are compared.
     """
-    if isinstance(value, (int, float)) and not low <= value <= high:
+    if isinstance(value, (int, float, np.number)) and not low <= value <= high:
         raise ValueError(f"{name} is {value}, expected a number in [{low}, {high}].")

@@ -9,15 +9,12 @@ chunk again in the backward pass.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses._checks import (
     boolean,
-    check_range,
     check_rank,
     check_shape,
     float32,
@@ -27,21 +24,9 @@ from rlhf_jax.losses._chunks import (
     count_chunks,
     join,
     make_options,
-    map_chunks,
     split,
     unembed,
 )
-
-
-class TopTokens(NamedTuple):
-    """The likeliest tokens at each position, from the likeliest on.
-
-    logprobs: float32 [B, T, k] in nats; zero in masked slots.
-    tokens: int32 [B, T, k]; zero in masked slots.
-    """
-
-    logprobs: jax.Array
-    tokens: jax.Array
 
 
 def token_logprobs(
@@ -77,7 +62,9 @@ def token_logprobs(
       temperature: τ, a Python number above 0. Use the sampler's.
       chunk_size: tokens of each sequence in one chunk; logits of B·chunk_size rows
         exist at a time, in the forward and in the backward pass, which computes them
-        again. None: all at once, kept for the backward pass.
+        again. Each chunk adds to the whole gradient of the unembedding, so with few
+        rows that takes the time: let them be 200 or more on a CPU, some thousands on
+        an accelerator. None: all at once, kept for the backward pass.
       logit_softcap: s, a Python number (Gemma 2); None for no cap.
       label_smoothing: ε. Above 0 the first result is Σᵥ qᵥ log pᵥ, with
         q = (1−ε)·onehot(y) + ε/V, for cross-entropy with smoothed labels.
@@ -164,119 +151,6 @@ def logprobs_from_logits(
     z = cap_and_scale(logits, options)
     logprobs, entropy, _ = _statistics(z, targets, options)
     return _finish(logprobs, entropy, targets, mask, logits.shape[-1])
-
-
-def top_logprobs(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    k: int,
-    temperature: float,
-    chunk_size: int | None,
-    logit_softcap: float | None = None,
-) -> TopTokens:
-    """The k likeliest tokens at each position and their log-probabilities.
-
-    zᵥ = cap(h·Wᵥ) / τ,   log pᵥ = zᵥ − log Σᵤ exp zᵤ,   the k largest of them
-
-    What distillation keeps of a teacher and analysis of a policy: 2·k numbers a token
-    in place of V. The probability of all other tokens is 1 − Σ exp(logprobs).
-
-    Args:
-      hidden: float [B, T, D], after the final norm.
-      unembedding: float [V, D], the embedding's orientation.
-      mask: bool [B, T], True = a real token; None when all are real.
-      k: how many, 1 to V.
-      temperature: τ, a Python number above 0.
-      chunk_size: as in `token_logprobs`.
-      logit_softcap: s, a Python number; None for no cap.
-
-    Returns:
-      `TopTokens`; gradients flow to `hidden` and `unembedding` from its logprobs.
-
-    Raises:
-      ValueError: a shape does not fit, or a hyper-parameter is out of range.
-
-    References:
-      Sparse teachers: Kim and Rush 2016, section 3, https://arxiv.org/abs/1606.07947
-    """
-    check_range("k", k, 1, np.shape(unembedding)[0])
-
-    def summarize(z):
-        best, tokens = jax.lax.top_k(z, k)
-        normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        return TopTokens(best - normalizer, tokens)
-
-    options = make_options(temperature, logit_softcap)
-    return _summaries(summarize, hidden, unembedding, mask, options, chunk_size)
-
-
-def log_sum_squares(
-    hidden: jax.Array,
-    unembedding: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    temperature: float,
-    chunk_size: int | None,
-    logit_softcap: float | None = None,
-) -> jax.Array:
-    """Log-probability that two draws at a position give the same token.
-
-    zᵥ = cap(h·Wᵥ) / τ,   log Σᵥ pᵥ² = log Σᵥ exp 2zᵥ − 2 log Σᵥ exp zᵥ
-
-    What `wpo_weights` compares the sampled token with; minus the Rényi entropy of
-    order 2.
-
-    Args:
-      hidden: float [B, T, D], after the final norm.
-      unembedding: float [V, D], the embedding's orientation.
-      mask: bool [B, T], True = a real token; None when all are real.
-      temperature: τ, a Python number above 0.
-      chunk_size: as in `token_logprobs`.
-      logit_softcap: s, a Python number; None for no cap.
-
-    Returns:
-      float32 [B, T] in nats, not above 0; zero in masked slots.
-
-    Raises:
-      ValueError: a shape does not fit, or a hyper-parameter is out of range.
-
-    References:
-      Zhou et al. 2024 (WPO), section 3.2, https://arxiv.org/abs/2406.11827
-    """
-
-    def summarize(z):
-        return jax.nn.logsumexp(2.0 * z, axis=-1) - 2.0 * jax.nn.logsumexp(z, axis=-1)
-
-    options = make_options(temperature, logit_softcap)
-    return _summaries(summarize, hidden, unembedding, mask, options, chunk_size)
-
-
-def _summaries(summarize, hidden, unembedding, mask, options, chunk_size):
-    """What `summarize` makes of the logits [B, C, V] of each chunk, zero if masked."""
-    check_rank("B T D", hidden=hidden)
-    check_rank("V D", unembedding=unembedding)
-    _, T, D = hidden.shape
-    expected = (unembedding.shape[0], D)
-    check_shape("unembedding", unembedding, expected, "[V, D] with the D of hidden")
-    options = options._replace(num_chunks=count_chunks(chunk_size, T))
-
-    def chunk(h):
-        logits = unembed(h, unembedding.astype(h.dtype))
-        return summarize(cap_and_scale(logits, options))
-
-    if mask is None:
-        return map_chunks(chunk, options, hidden)
-    check_shape("mask", mask, hidden.shape[:2], "the [B, T] of hidden")
-    mask = boolean(mask)
-    hidden = jnp.where(mask[..., None], hidden, jnp.zeros_like(hidden))
-
-    def blank(x):
-        real = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
-        return jnp.where(real, x, jnp.zeros_like(x))
-
-    return jax.tree.map(blank, map_chunks(chunk, options, hidden))
 
 
 def _check_targets(targets, mask, expected, source):

@@ -168,8 +168,10 @@ KERNELS = {
     ),
     "logprobs.token_logprobs": Kernel(of_targets, "hm"),
     "logprobs.logprobs_from_logits": Kernel(from_logits, "hm"),
-    "logprobs.top_logprobs": Kernel(from_hidden(losses.top_logprobs, k=2), "hm"),
-    "logprobs.log_sum_squares": Kernel(from_hidden(losses.log_sum_squares), "hm"),
+    "token_summaries.top_logprobs": Kernel(from_hidden(losses.top_logprobs, k=2), "hm"),
+    "token_summaries.log_sum_squares": Kernel(
+        from_hidden(losses.log_sum_squares), "hm"
+    ),
     "kl.exact": Kernel(exact_kl, "hhm"),
     "kl.exact_from_logits": Kernel(bind(kl.exact_from_logits, temperature=0.7), "hhm"),
     "kl.k1": Kernel(kl.k1, "llm"),

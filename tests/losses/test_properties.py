@@ -86,6 +86,13 @@ def test_nothing_real_gives_zero(name):
 
 
 @each_kernel
+def test_an_empty_mask_raises(name):
+    arrays, mask = example(name, (3, 4), 0)
+    with pytest.raises(ValueError, match=r"has shape \(0.* at least one entry"):
+        KERNELS[name].call(*(x[:0] for x in arrays), mask[:0])
+
+
+@each_kernel
 def test_jit_equals_eager(name):
     arrays, mask = example(name, (3, 4), 1)
     invariants.assert_jit_equals_eager(KERNELS[name].call, *arrays, mask)

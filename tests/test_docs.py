@@ -3,6 +3,8 @@
 import importlib.util
 import pathlib
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -37,3 +39,21 @@ def test_the_example_learns_with_the_losses_alone(capsys):
     assert rewards[0] < 0.4
     assert min(rewards[-5:]) > 0.8
     assert "step  60  reward 0." in capsys.readouterr().out
+
+
+def test_the_readme_calls_the_losses_as_they_are():
+    text = (ROOT / "README.md").read_text("utf-8")
+    _, _, section = text.partition("## The losses in your own code")
+    code = section.partition("```python")[2].partition("```")[0]
+    rng, (B, T, D, V) = np.random.default_rng(0), (16, 6, 8, 11)
+    names = {
+        "rewards": rng.normal(size=B),
+        "mask": rng.random((B, T)) < 0.8,
+        "hidden": rng.normal(size=(B, T, D)),
+        "unembedding": rng.normal(size=(V, D)),
+        "responses": rng.integers(0, V, (B, T)),
+        "old_logprobs": rng.normal(size=(B, T)),
+    }
+    exec(code, names)
+    assert float(names["count"]) == names["mask"].sum()
+    assert np.isfinite(float(names["total"]))

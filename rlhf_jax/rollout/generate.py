@@ -4,7 +4,8 @@ A sample is a function of (weights, prompt, key, index) alone: each row draws fr
 key folded with its own index, so that batch size, padding, mesh and the order of
 rows change nothing but floating-point round-off.
 
-Dimension key: B rows, P prompt tokens (left-padded), N new tokens, V vocabulary.
+Dimension key: B rows, G of them to each prompt, P prompt tokens (left-padded), N new
+tokens, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -53,6 +54,18 @@ class _Loop(NamedTuple):
     responses: Responses
 
 
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Each row of every array [B/G, ...] G times in a row: [B, ...]."""
+
+    def repeat(x: jax.Array) -> jax.Array:
+        if times == 1:
+            return x
+        wide = jnp.broadcast_to(x[:, None], (len(x), times, *x.shape[1:]))
+        return constrain(wide.reshape(-1, *x.shape[1:]), BATCH, *[None] * (x.ndim - 1))
+
+    return jax.tree.map(repeat, tree)
+
+
 def generate(
     model: Model,
     params: Any,
@@ -61,24 +74,26 @@ def generate(
     keys: jax.Array,
     settings: Sampling,
 ) -> Responses:
-    """Samples one response to each prompt.
+    """Samples as many responses to each prompt as there are keys for.
 
-    Stops when every row has met EOS or has `max_new_tokens` tokens.
+    A prompt is read once, however many responses it gets. Stops when every row has met
+    EOS or has `max_new_tokens` tokens.
 
     Args:
       model: the policy's functions.
       params: the policy's weights.
-      prompts: [B, P] int32, left-padded.
-      prompt_mask: [B, P] bool, true on real tokens; at least the last of each row.
-      keys: [B] typed keys, see `sampling.sample_keys`.
+      prompts: [B/G, P] int32, left-padded.
+      prompt_mask: [B/G, P] bool, true on real tokens; at least the last of each row.
+      keys: [B] typed keys, see `sampling.sample_keys`; those of one prompt are
+        neighbours.
       settings: how to sample.
 
     Returns:
-      The responses; pure, so jit it with `model` and `settings` static.
+      The B responses; pure, so jit it with `model` and `settings` static.
     """
-    B, P = prompts.shape
-    N = settings.max_new_tokens
+    P, B, N = prompts.shape[1], len(keys), settings.max_new_tokens
     hidden, cache = model.prefill(params, prompts, prompt_mask, cache_length=P + N)
+    last, cache = repeat_rows((hidden[:, -1], cache), B // len(prompts))
     layers = model.unstack(params)
 
     def draw(loop: _Loop) -> Responses:
@@ -121,7 +136,7 @@ def generate(
         logprobs=jnp.zeros((B, N), jnp.float32),
         finished=jnp.zeros((B,), bool),
     )
-    logits = model.unembed(params, hidden[:, -1])
+    logits = model.unembed(params, last)
     loop = _Loop(jnp.int32(0), logits, cache, empty)
     loop = jax.lax.while_loop(unfinished, advance, loop)
     # The last token needs no decoding after it; a row that ended draws padding.

@@ -16,7 +16,7 @@ from rlhf_jax.data.tokenizer import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.rollout.generate import Responses, Sampling, generate
+from rlhf_jax.rollout.generate import Responses, Sampling, generate, repeat_rows
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampling import sample_keys
 
@@ -25,7 +25,7 @@ class Rollout(NamedTuple):
     """One batch of prompts and what the policy answered.
 
     Attributes:
-      prompts: B prompt texts.
+      prompts: B prompt texts, those of a group repeated.
       responses: B response texts, without EOS.
       transcript: the same as arrays on the mesh.
       samples: what `generate` returned, on the mesh.
@@ -56,6 +56,9 @@ def make_sampler(
 ) -> Sampler:
     """Builds `sample(params, prompts, key, index) -> Rollout`, one compiled program.
 
+    With G numbers in `index` for each prompt there are G responses to each, next to
+    each other.
+
     Args:
       model: the policy's functions.
       tokenizer: the policy's tokenizer.
@@ -64,7 +67,7 @@ def make_sampler(
       **settings: `max_new_tokens`, `temperature`, `top_k`, `top_p`.
 
     Returns:
-      The sampler. Row i of a batch draws from `key` and `index[i]` alone.
+      The sampler. Response i of a batch draws from `key` and `index[i]` alone.
     """
     special = special_tokens(tokenizer)
     check_vocabulary(tokenizer, model.config.vocab_size, "the policy")
@@ -75,7 +78,9 @@ def make_sampler(
     @jax.jit
     def draw(params, tokens, mask, key, index):
         keys = sample_keys(key, index)
-        return generate(model, params, tokens, mask, keys, drawn_as)
+        samples = generate(model, params, tokens, mask, keys, drawn_as)
+        asked = repeat_rows((tokens, mask), len(index) // len(tokens))
+        return Transcript(*asked, samples.tokens, samples.mask), samples
 
     def sample(params, prompts, key, index):
         sharding.check_batch("the number of prompts", len(prompts), mesh)
@@ -83,11 +88,12 @@ def make_sampler(
         tokens, mask, index = sharding.to_devices(
             (*host, np.asarray(index, np.int32)), rows
         )
-        samples = draw(params, tokens, mask, key, index)
+        transcript, samples = draw(params, tokens, mask, key, index)
         said = sharding.to_host((samples.tokens, samples.mask))
-        texts = decode_responses(tokenizer, host[0][:, -1], *said)
-        transcript = Transcript(tokens, mask, samples.tokens, samples.mask)
-        return Rollout(list(prompts), texts, transcript, samples)
+        group = len(index) // len(prompts)
+        texts = decode_responses(tokenizer, host[0][:, -1].repeat(group), *said)
+        asked = [prompt for prompt in prompts for _ in range(group)]
+        return Rollout(asked, texts, transcript, samples)
 
     return sample
 

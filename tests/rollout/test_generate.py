@@ -187,3 +187,17 @@ def test_eos_in_the_last_place_counts_as_finished(llama, free):
     np.testing.assert_array_equal(got.tokens[:, 0], first)
     np.testing.assert_array_equal(got.finished, first == first[0])
     assert got.mask.all()
+
+
+def test_a_group_is_its_prompt_asked_again(llama):
+    """Read once or read G times: the same responses, each from its own index."""
+    group, rows = 3, len(llama.prompts)
+    keys = sample_keys(jax.random.key(3), jnp.arange(group * rows))
+    prompts, mask = jnp.asarray(llama.prompts), jnp.asarray(llama.prompt_mask)
+    got = draw(llama.model, llama.params, prompts, mask, keys, WARM)
+    asked = prompts.repeat(group, axis=0), mask.repeat(group, axis=0)
+    expected = draw(llama.model, llama.params, *asked, keys, WARM)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+    of_first = {tuple(row) for row in np.asarray(got.tokens[:group]).tolist()}
+    assert len(of_first) > 1

@@ -115,3 +115,14 @@ def test_what_cannot_be_sampled(sample, params, model):
     check_lengths(model, 8, 16)
     with pytest.raises(UserError, match=r"make 25 tokens, more than .* context of 24"):
         check_lengths(model, 8, 17)
+
+
+def test_groups_stand_next_to_each_other(sample, params, mesh):
+    with jax.set_mesh(mesh):
+        got = sample(params, PROMPTS, jax.random.key(1), range(16))
+        asked = [prompt for prompt in PROMPTS for _ in range(2)]
+        expected = sample(params, asked, jax.random.key(1), range(16))
+    assert got.prompts == asked
+    assert got.responses == expected.responses
+    for x, y in zip(got.transcript, expected.transcript, strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -20,6 +20,7 @@ from rlhf_jax.losses.advantages import (
     remax,
 )
 from rlhf_jax.losses.aggregation import aggregate
+from rlhf_jax.losses.cost_model import cost_model_loss, cost_model_token_loss
 from rlhf_jax.losses.direct_preference import dpo
 from rlhf_jax.losses.group_advantages import (
     group_relative,
@@ -77,6 +78,8 @@ __all__ = [
     "clipped_surrogate",
     "clipped_value_loss",
     "constrained",
+    "cost_model_loss",
+    "cost_model_token_loss",
     "cpo",
     "dft",
     "discounted_returns",

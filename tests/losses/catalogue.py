@@ -130,9 +130,9 @@ def smoothed(loss_type):
 def safe(function):
     """A cost loss whose pairs are a safe and an unsafe response, or both unsafe."""
 
-    def call(safer, unsafer, sign, mask):
-        signs = jnp.where(sign > 0, 1, -1), jnp.ones(len(sign), jnp.int32)
-        return function(safer, unsafer, *signs, mask, regularization=0.05)
+    def call(safer, unsafer, margin, mask):
+        labels = margin > 0, jnp.zeros(len(margin), bool)
+        return function(safer, unsafer, *labels, mask, regularization=0.05)
 
     return call
 
@@ -238,9 +238,9 @@ KERNELS = {
     "reference_free.cpo per token": Kernel(cpo_per_token, "SSNM"),
     "supervised.next_token_loss": Kernel(losses.next_token_loss, "lm"),
     "supervised.dft": Kernel(losses.dft, "lm"),
-    "constrained.cost_model_loss": Kernel(safe(constrained.cost_model_loss), "XXXM"),
-    "constrained.cost_model_token_loss": Kernel(
-        safe(constrained.cost_model_token_loss), "xxXm"
+    "cost_model.cost_model_loss": Kernel(safe(losses.cost_model_loss), "XXXM"),
+    "cost_model.cost_model_token_loss": Kernel(
+        safe(losses.cost_model_token_loss), "xxXm"
     ),
     "constrained.combined_advantage": Kernel(
         bind(constrained.combined_advantage, multiplier=1.5), "xxm"

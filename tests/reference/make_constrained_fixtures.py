@@ -12,6 +12,7 @@ the like) are replaced by mocks.
 
 The file holds (B pairs or sequences, T tokens, S steps):
     costs [2, B, T]  signs, end_index [2, B]    of the safer and the unsafer response
+                                                (a sign is +1 for unsafe, -1 for safe)
     regularization
     token_mask [B, T]                           slots that the token-wise loss reads
     sequence/loss [B]   sequence/gradient [2, B]

@@ -23,8 +23,9 @@ from rlhf_jax.data.order import phase_rows
 from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 
-# (params, batch, key) -> (loss, metrics); the key is for dropout.
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, batch, key) -> (loss, metrics); the key is for dropout. Where micro-batches
+# are wanted, (params, rows, key, counts): its part in the loss and metrics of the batch.
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -45,18 +46,47 @@ def make_state(
     return State(params, loading.init_optimizer(optimizer, params, mesh)), optimizer
 
 
-def make_update(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
+def make_update(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    counts: Callable[[Any], Any] | None = None,
+) -> Callable:
     """Builds `update(state, batches, key) -> (state, metrics)`.
 
     `batches` is a pytree of [S, B, ...], one optimizer step for each of S; the state is
     donated, and the metrics are means over the steps.
+
+    Args:
+      loss: of a batch; with `counts`, of one of its micro-batches.
+      optimizer: its update.
+      accumulation: micro-batches of a batch.
+      counts: batch -> what the loss divides by, so that the parts add up to the whole.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(params, batch, key):
+        if counts is None:
+            (_, metrics), grads = value_and_grad(params, batch, key)
+            return grads, metrics
+        whole = counts(batch)
+        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+        def add(grads, rows_and_key):
+            (_, metrics), new = value_and_grad(params, *rows_and_key, whole)
+            return jax.tree.map(jnp.add, grads, new), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, parts = jax.lax.scan(
+            add, zeros, (micro, jax.random.split(key, accumulation))
+        )
+        return grads, jax.tree.map(lambda x: x.sum(axis=0), parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, batches, key):
         def step(state, batch_and_key):
-            (_, metrics), grads = value_and_grad(state.policy, *batch_and_key)
+            grads, metrics = gradients(state.policy, *batch_and_key)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
             policy = optax.apply_updates(state.policy, updates)
             metrics |= {"grad_norm": optax.tree.norm(grads)}
@@ -78,12 +108,14 @@ def make_phase(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     rows: Any,
+    **micro_batches: Any,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, [])`.
 
-    `rows` is a pytree of NumPy arrays [N, ...], on every host.
+    `rows` is a pytree of NumPy arrays [N, ...], on every host; `micro_batches` are the
+    `accumulation` and `counts` of `make_update`.
     """
-    update = make_update(loss, optimizer)
+    update = make_update(loss, optimizer, **micro_batches)
     steps, batch = config.learning.steps_per_phase, config.learning.batch
     layout = NamedSharding(mesh, P(None, sharding.BATCH))
     count = len(jax.tree.leaves(rows)[0])

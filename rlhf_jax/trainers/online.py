@@ -1,4 +1,4 @@
-"""What the algorithms share that sample from their policy: PPO, and those like it."""
+"""What the algorithms share that sample from their policy: PPO, GRPO."""
 
 import functools
 import time
@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import sharding
+from rlhf_jax import losses, sharding
 from rlhf_jax.data.prompts import Prompts, load_prompts, phase_batch
 from rlhf_jax.data.tables import is_file
 from rlhf_jax.data.tokenizer import encode_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import make_heldout
+from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
 from rlhf_jax.rollout import sampler
+from rlhf_jax.rollout.generate import Responses
+from rlhf_jax.rollout.logprobs import Scored, score_responses
 from rlhf_jax.trainers import keys
 
 FIELDS = {
@@ -49,9 +51,6 @@ PANELS = (
         "Policy update",
         "fraction, nats",
         {"clipped": "policy/clip_fraction", "approx. KL": "policy/approx_kl"},
-    ),
-    Panel(
-        "Critic: explained variance", "1 = perfect", {"": "value/explained_variance"}
     ),
     Panel("Response length", "tokens", {"": "response/tokens"}),
 )
@@ -84,48 +83,43 @@ def check_rollout(config: ConfigDict) -> None:
         )
 
 
-def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
-    """Raises a `UserError` unless a phase's rows divide into equal micro-batches."""
-    batch = config.rollout.prompts
-    sharding.check_batch("config.rollout.prompts", batch, mesh)
-    parts = learning.minibatches * learning.accumulation
-    if parts < 1 or batch % parts:
-        raise UserError(
-            f"config.rollout.prompts={batch} must be a multiple of minibatches="
-            f"{learning.minibatches} x accumulation={learning.accumulation}"
-        )
-    micro = "config.rollout.prompts / (minibatches x accumulation)"
-    sharding.check_batch(micro, batch // parts, mesh)
+def rows_per_phase(config: ConfigDict) -> int:
+    """How many responses a phase has: of a group to each prompt, or of one."""
+    return config.rollout.prompts * config.rollout.get("group", 1)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def minibatch_order(
-    key: jax.Array, rows: int, epochs: int, minibatches: int
-) -> jax.Array:
-    """Row numbers [E, M, R] int32: a fresh permutation for each epoch."""
-    keys = jax.random.split(key, epochs)
-    shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
-    return shuffled.reshape(epochs, minibatches, -1)
+def make_policy_logprobs(model: Model, config: ConfigDict) -> Callable:
+    """Builds `policy_logprobs(params, transcript) -> Scored`, as it was sampled."""
+    return functools.partial(
+        score_responses,
+        model,
+        temperature=config.rollout.temperature,
+        chunk_size=config.logprob_chunk or None,
+    )
 
 
-def summarize_steps(steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """One phase's metrics from those of its optimizer steps, each [steps].
+def policy_metrics(
+    learner: Scored, ref_logprobs: jax.Array, samples: Responses
+) -> dict[str, jax.Array]:
+    """KL to the reference, entropy, and how far the sampler is from the learner.
 
-    Means over the steps that were taken (`steps["taken"]`, bool), and the first step
-    apart: it is on-policy, so its ratio must be 1 and its KL 0.
+    Args:
+      learner: what the policy says of its own samples.
+      ref_logprobs: [B, N], of the reference.
+      samples: as they were drawn.
     """
-    taken = steps["taken"]
-    count = jnp.maximum(taken.sum(), 1)
-    mean = {
-        name: jnp.where(taken, values, 0.0).sum() / count
-        for name, values in steps.items()
-        if name != "taken"
+    mask = samples.mask
+    pair = (learner.logprobs, ref_logprobs, mask)
+    log_ratio = losses.kl.k1(*pair)
+    gap = losses.kl.absolute(learner.logprobs, samples.logprobs, mask)
+    return {
+        "kl/sequence": log_ratio.sum(axis=1).mean(),
+        "kl/token": masked.mean(log_ratio, mask),
+        "kl/token_k3": masked.mean(losses.kl.k3(*pair), mask),
+        "policy/entropy": masked.mean(learner.entropy, mask),
+        "rollout/logprob_gap_mean": masked.mean(gap, mask),
+        "rollout/logprob_gap_max": gap.max(),
     }
-    first = {
-        f"first_step/{name}": steps[f"policy/{name}"][0]
-        for name in ("approx_kl", "clip_fraction", "ratio_deviation")
-    }
-    return mean | first | {"optimizer/steps": taken.sum()}
 
 
 class Collected(NamedTuple):
@@ -145,19 +139,28 @@ def make_collect(
     sample: sampler.Sampler,
     rewards: Sequence[Reward],
     prompts: Prompts,
-) -> Callable[[Any, int], Collected]:
-    """Builds `collect(params, phase)`: the phase's prompts, answered and scored."""
-    batch = config.rollout.prompts
+) -> Callable[..., Collected]:
+    """Builds `collect(params, phase)`: the phase's prompts, answered and scored.
 
-    def collect(params: Any, phase: int) -> Collected:
+    A phase that may draw several times says how often, `draws`, and which this is, so
+    that each has prompts and samples of its own.
+    """
+    batch, group = config.rollout.prompts, config.rollout.get("group", 1)
+
+    def collect(params: Any, phase: int, draw: int = 0, draws: int = 1) -> Collected:
         started = time.perf_counter()
-        taken = phase_batch(prompts, phase - 1, batch_size=batch, seed=config.seed)
+        turn = (phase - 1) * draws + draw
+        taken = phase_batch(prompts, turn, batch_size=batch, seed=config.seed)
         key = keys.branch_key(config.seed, keys.SAMPLING, phase)
-        rollout = sample(params, taken.texts, key, range(batch))
+        first = draw * batch * group
+        index = range(first, first + batch * group)
+        rollout = sample(params, taken.texts, key, index)
         sampled = time.perf_counter()
-        total, parts = score_all(
-            rewards, taken.texts, rollout.responses, **taken.columns
-        )
+        columns = {
+            name: [value for value in values for _ in range(group)]
+            for name, values in taken.columns.items()
+        }
+        total, parts = score_all(rewards, rollout.prompts, rollout.responses, **columns)
         scored = time.perf_counter()
         scores = sharding.to_devices(total, sharding.rows(mesh))
         seconds = sampled - started, scored - sampled
@@ -275,7 +278,7 @@ def make_evaluation(
         heldout,
         seed=config.seed,
         key=keys.branch_key(config.seed, keys.HELDOUT, 0),
-        batch=config.rollout.prompts,
+        batch=rows_per_phase(config),
         temperature=config.rollout.temperature,
         chunk_size=config.logprob_chunk or None,
         rewards=rewards,

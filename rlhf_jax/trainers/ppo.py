@@ -41,10 +41,16 @@ from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
-from rlhf_jax.rollout.logprobs import Transcript, response_hidden, score_responses
+from rlhf_jax.rollout.logprobs import Transcript, response_hidden
 from rlhf_jax.rollout.sampler import Sampler
 from rlhf_jax.trainers import common, keys, loading, online
+from rlhf_jax.trainers.minibatches import (
+    check_minibatches,
+    make_learn,
+    minibatch_order,
+)
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 
 RANGES = {
@@ -58,6 +64,10 @@ RANGES = {
     "ppo.adaptive_kl.target": (0, math.inf),
     "logprob_chunk": (0, math.inf),
 }
+
+CRITIC_PANEL = Panel(
+    "Critic: explained variance", "1 = perfect", {"": "value/explained_variance"}
+)
 
 
 class Experience(NamedTuple):
@@ -106,22 +116,13 @@ def values_of(
     return models.critic.score(critic, hidden)
 
 
-def make_policy_logprobs(models: Models, config: ConfigDict) -> Callable:
-    """Builds `policy_logprobs(params, transcript) -> Scored`, as it was sampled."""
-    return functools.partial(
-        score_responses,
-        models.policy,
-        temperature=config.rollout.temperature,
-        chunk_size=config.logprob_chunk or None,
-    )
-
-
 def make_assess(models: Models, config: ConfigDict) -> Callable:
     """Builds `assess(state, reference, rollout, scores) -> (Experience, metrics)`.
 
     Steps 3 and 4: log-probabilities of policy and reference, shaped rewards, GAE.
     """
-    ppo, policy_logprobs = config.ppo, make_policy_logprobs(models, config)
+    ppo = config.ppo
+    policy_logprobs = online.make_policy_logprobs(models.policy, config)
 
     @jax.jit
     def assess(state: State, reference, transcript: Transcript, samples, scores):
@@ -146,27 +147,19 @@ def make_assess(models: Models, config: ConfigDict) -> Callable:
         if ppo.whiten_advantages:
             advantages = masked.whiten(advantages, mask, shift_mean=True)
 
-        log_ratio = losses.kl.k1(*pair)
         experience = Experience(
             transcript=transcript,
             old_logprobs=learner.logprobs,
             values=values,
             advantages=advantages,
             returns=returns,
-            sequence_kl=log_ratio.sum(axis=1),
+            sequence_kl=losses.kl.k1(*pair).sum(axis=1),
         )
-        gap = losses.kl.absolute(learner.logprobs, samples.logprobs, mask)
         penalty = -state.kl_coef * masked.sum(kl, mask, axis=1)
-        metrics = {
+        metrics = online.policy_metrics(learner, ref_logprobs, samples) | {
             "reward/kl_penalty": penalty.mean(),
             "reward/with_kl": (scores + penalty).mean(),
-            "kl/sequence": experience.sequence_kl.mean(),
-            "kl/token": masked.mean(log_ratio, mask),
-            "kl/token_k3": masked.mean(losses.kl.k3(*pair), mask),
             "kl/coef": state.kl_coef,
-            "policy/entropy": masked.mean(learner.entropy, mask),
-            "rollout/logprob_gap_mean": masked.mean(gap, mask),
-            "rollout/logprob_gap_max": gap.max(),
             "value/mean": masked.mean(values, mask),
             "value/return_mean": masked.mean(returns, mask),
             "value/return_std": jnp.sqrt(masked.var(returns, mask)),
@@ -185,7 +178,8 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
     `count` is the number of real tokens of the whole minibatch, so that the losses of
     its micro-batches add up to the loss of the minibatch.
     """
-    ppo, policy_logprobs = config.ppo, make_policy_logprobs(models, config)
+    ppo = config.ppo
+    policy_logprobs = online.make_policy_logprobs(models.policy, config)
 
     def loss(params: Networks, rows: Experience, count):
         mask = rows.transcript.mask
@@ -233,49 +227,24 @@ def make_update(
     """Builds `update(state, experience, order) -> (state, metrics)` (steps 5 and 6).
 
     `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
-    epochs. The state is donated. Past `target_kl` the remaining minibatches change
-    nothing.
+    epochs. The state is donated.
     """
     ppo = config.ppo
-    grad_loss = jax.grad(make_loss(models, config), has_aux=True)
-
-    def gradients(params: Networks, rows: Experience):
-        count = jnp.maximum(rows.transcript.mask.sum(), 1)
-        micro = jax.tree.map(
-            lambda x: x.reshape(ppo.accumulation, -1, *x.shape[1:]), rows
-        )
-
-        def add(grads, rows):
-            new, (sums, maxima) = grad_loss(params, rows, count)
-            return jax.tree.map(jnp.add, grads, new), (sums, maxima)
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (sums, maxima) = jax.lax.scan(add, zeros, micro)
-        metrics = jax.tree.map(jnp.sum, sums) | jax.tree.map(jnp.max, maxima)
-        metrics["policy/grad_norm"] = optax.tree.norm(grads.policy)
-        metrics["value/grad_norm"] = optax.tree.norm(grads.critic)
-        return grads, metrics
-
-    def learn(experience, carry, index):
-        params, opt_state, stopped = carry
-        grads, metrics = gradients(params, jax.tree.map(lambda x: x[index], experience))
-        updates, stepped = optimizer.update(grads, opt_state, params)
-        moved = optax.apply_updates(params, updates)
-        if ppo.target_kl:
-            # The gate looks at what earlier steps have done, before the step.
-            stopped |= metrics["policy/approx_kl"] > ppo.target_kl
-            keep = lambda old, new: jnp.where(stopped, old, new)
-            moved = jax.tree.map(keep, params, moved)
-            stepped = jax.tree.map(keep, opt_state, stepped)
-        return (moved, stepped, stopped), metrics | {"taken": ~stopped}
+    learn = make_learn(
+        make_loss(models, config),
+        optimizer,
+        ppo,
+        counts=lambda rows: jnp.maximum(rows.transcript.mask.sum(), 1),
+        norms=lambda grads: {
+            "policy/grad_norm": optax.tree.norm(grads.policy),
+            "value/grad_norm": optax.tree.norm(grads.critic),
+        },
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, experience: Experience, order: jax.Array):
-        carry = Networks(state.policy, state.critic), state.opt_state, jnp.bool_(False)
-        (params, opt_state, _), steps = jax.lax.scan(
-            functools.partial(learn, experience),
-            carry,
-            order.reshape(-1, order.shape[-1]),
+        params, opt_state, metrics = learn(
+            Networks(state.policy, state.critic), state.opt_state, experience, order
         )
         kl_coef = state.kl_coef
         if ppo.adaptive_kl.target:
@@ -287,7 +256,7 @@ def make_update(
                 num_samples=config.rollout.prompts,
             )
         state = State(params.policy, params.critic, opt_state, kl_coef)
-        return state, online.summarize_steps(steps) | {
+        return state, metrics | {
             f"optimizer/{part}_lr": learning_rate(opt_state.inner_states[part])
             for part in Networks._fields
         }
@@ -298,7 +267,7 @@ def make_update(
 def validate(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a `UserError` for settings that cannot work together."""
     online.check_rollout(config)
-    online.check_minibatches(config, config.ppo, mesh)
+    check_minibatches(config, config.ppo, mesh)
     # A shorter horizon could turn the coefficient's sign.
     horizon = {"ppo.adaptive_kl.horizon": (config.rollout.prompts / 5, math.inf)}
     common.check_ranges(config, RANGES | horizon)
@@ -356,7 +325,7 @@ def make_phase(
             state, reference, transcript, samples, collected.scores
         )
         key = keys.branch_key(config.seed, keys.ORDER, phase)
-        order = online.minibatch_order(key, batch, ppo.epochs, ppo.minibatches)
+        order = minibatch_order(key, batch, ppo.epochs, ppo.minibatches)
         state, learned = update(state, experience, order)
         rows, measured = online.report(config, collected, experience.sequence_kl)
         return state, metrics | learned | measured | {"episodes": phase * batch}, rows
@@ -392,7 +361,7 @@ def run(config: ConfigDict) -> None:
             run_phase=run_phase,
             evaluate=lambda state: evaluate(state.policy, reference),
             fields=online.FIELDS,
-            panels=online.PANELS,
+            panels=(*online.PANELS, CRITIC_PANEL),
             headline=online.headline(config.judges),
         )
         state = common.run_loop(config, files, console, state, hooks)

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.trainers import keys, online
+from rlhf_jax.trainers.minibatches import minibatch_order
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
 
 def test_each_epoch_is_a_permutation_and_no_two_are_alike():
     key = keys.branch_key(0, keys.ORDER, 1)
-    order = np.asarray(online.minibatch_order(key, 32, 3, 4))
+    order = np.asarray(minibatch_order(key, 32, 3, 4))
     assert order.shape == (3, 4, 8)
     for epoch in order:
         assert sorted(epoch.ravel()) == list(range(32))

@@ -49,6 +49,12 @@ RULES = (
     (r"final_norm/(scale|bias)", (None,)),
     (r"unembed/kernel", ("vocab", "embed")),
     (r"score/kernel", ("embed", None)),
+    (r"score/bias", (None,)),
+    # Encoders that classify.
+    (r"embed/types", (None, "embed")),
+    (r"embed_norm/(scale|bias)", (None,)),
+    (r"classifier/(dense|out)/kernel", ("embed", None)),
+    (r"classifier/(dense|out)/bias", (None,)),
 )
 
 

@@ -143,7 +143,7 @@ def _dot_backward(axis, saved, gradient):
 _dot_low_precision.defvjp(_dot_forward, _dot_backward)
 
 
-def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     """Repeat a vector over all axes of `like` but the last, in float32."""
     vector = vector.astype(jnp.float32)
     return lax.broadcast_in_dim(vector, like.shape, (like.ndim - 1,))
@@ -171,7 +171,7 @@ class Linear(nn.Module):
         y = dot(x, self.param("kernel", nn.initializers.normal(self.init_std), shape))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + _along_last(bias, y)
+            y = y + along_last(bias, y)
         return y.astype(x.dtype)
 
 
@@ -191,10 +191,10 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * _along_last(scale + 1 if self.unit_offset else scale, y)
+        y = y * along_last(scale + 1 if self.unit_offset else scale, y)
         if self.kind == "layer":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-            y = y + _along_last(bias, y)
+            y = y + along_last(bias, y)
         return y.astype(x.dtype)
 
 

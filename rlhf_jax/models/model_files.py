@@ -14,6 +14,10 @@ from rlhf_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONVERT = (
+    "save it again as safetensors: transformers' from_pretrained and save_pretrained "
+    "do so where PyTorch is installed"
+)
 
 
 class Tensor(NamedTuple):
@@ -74,10 +78,13 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     elif any(directory.glob("*.bin")):
         raise UserError(
             f"{directory} holds its weights only as pickles (*.bin), which can run "
-            "code and are never opened; save the model again as safetensors."
+            f"code and are never opened; {CONVERT}."
         )
     else:
-        raise UserError(f"{directory} holds no weights ({SINGLE} or {INDEX}).")
+        raise UserError(
+            f"{directory} holds no weights ({SINGLE} or {INDEX}); if the model has "
+            f"them as pickles (*.bin), {CONVERT}."
+        )
     tensors = {}
     for name in files:
         tensors.update(_open_file(directory / name))

@@ -1,8 +1,7 @@
 """Reading and writing Hugging Face model directories: config.json and safetensors.
 
-Weights stream: each leaf of ours is assembled on its own, straight into its target
-sharding, and fetched from there on its own, so that a model never lies in host memory
-twice.
+Weights stream, in (tensor_reader.py) and out: each leaf of ours is fetched from its
+sharding on its own, so that a model never lies in host memory twice.
 """
 
 import functools
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from rlhf_jax import sharding
@@ -32,12 +31,31 @@ from rlhf_jax.models.model_files import (
     open_tensors,
     read_config,
 )
+from rlhf_jax.models.score_heads import (
+    SAFE_RLHF,
+    Head,
+    abstract_head,
+    find_head,
+    fold_normalizer,
+    head_rows,
+    head_to_write,
+)
+from rlhf_jax.models.tensor_reader import (
+    leaves_by_path,
+    read_params,
+    target_shardings,
+    tensor_names,
+    tensor_shape,
+)
 from rlhf_jax.models.transformer import init, init_head
-from rlhf_jax.models.weight_names import AS_IS, TRANSPOSED, Row
+from rlhf_jax.models.weight_names import AS_IS, Row
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers that old checkpoints carry: causal masks and rotary frequencies.
-BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+# Not read where they are found: causal masks and rotary frequencies of old checkpoints,
+# an unembedding that is tied or beside a head, what safe-rlhf keeps of its scores.
+SPARE = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+    r"|^(lm_head|embed_out)\.weight$|^normalizer\.(mean|var|count)$"
+)
 
 
 class Pretrained(NamedTuple):
@@ -60,16 +78,18 @@ def load_pretrained(
     mesh: Mesh | None = None,
     head: bool | None = False,
     key: jax.Array | None = None,
+    num_labels: int | None = 1,
 ) -> Pretrained:
     """Read a model from a directory or from the Hugging Face hub.
 
     Args:
         source: a directory with config.json and safetensors, or a hub id.
         mesh: where to put the parameters; None puts them on the first device.
-        head: True wants a scalar head (score.weight), False an unembedding, None
-            whichever the checkpoint has.
-        key: a typed PRNG key; with `head`, a checkpoint without score.weight is given
-            a fresh head from it instead of being refused.
+        head: True wants a head that scores a sequence (score_heads.py), False an
+            unembedding, None whichever the checkpoint has.
+        key: a typed PRNG key; with `head`, a checkpoint without a head is given a
+            fresh scalar one from it instead of being refused.
+        num_labels: how many scores the head must give; None takes any number.
 
     Returns:
         The model, its parameters float32 whatever the file holds.
@@ -83,42 +103,47 @@ def load_pretrained(
     config = config_from_hf(hf_config)
     family = family_of(hf_config)
     tensors = open_tensors(directory)
-    has_head = "score.weight" in tensors
-    head = has_head if head is None else head
-    if head and not has_head and key is None:
+    found = find_head(tensors)
+    head = found is not None if head is None else head
+    _check_head(source, found, head, num_labels, fresh=key is not None)
+    abstract = jax.eval_shape(
+        functools.partial(init, config, head=head), jax.random.key(0)
+    )
+    if found:
+        abstract["score"] = abstract_head(found, config.d_model)
+    targets = target_shardings(abstract, mesh)
+    fresh_head = head and not found
+    if fresh_head:
+        del abstract["score"]
+    score_target = targets.pop("score") if fresh_head else None
+    rows = _rows(family, config, found, names=tensors)
+    params = read_params(
+        directory, rows, tensors, config, abstract, targets=targets, spare=SPARE
+    )
+    if found and found.name == SAFE_RLHF:
+        params["score"] = fold_normalizer(params["score"], hf_config, tensors)
+    if fresh_head:
+        params["score"] = jax.device_put(init_head(config, key), score_target)
+    return Pretrained(config, hf_config, params)
+
+
+def _check_head(source, found, wanted, num_labels, *, fresh):
+    """Refuse a checkpoint whose head is not what the caller can use."""
+    if wanted and not found and not fresh:
         raise UserError(
             f"{source} has no scalar head (score.weight): it is a language model, not "
             "a reward, cost or value model."
         )
-    if not head and has_head:
+    if not wanted and found:
         raise UserError(
-            f"{source} is a model with a scalar head (score.weight), not a language "
-            "model."
+            f"{source} is a model with a scalar head ({found.name}.weight), not a "
+            "language model."
         )
-    abstract = jax.eval_shape(
-        functools.partial(init, config, head=head), jax.random.key(0)
-    )
-    if mesh is None:
-        here = SingleDeviceSharding(jax.devices()[0])
-        targets = jax.tree.map(lambda _: here, abstract)
-    else:
-        targets = sharding.param_shardings(abstract, mesh)
-    fresh_head = head and not has_head
-    if fresh_head:
-        del abstract["score"]
-    rows = _rows(family, config, head=has_head, names=tensors)
-    _check_tensors(directory, rows, tensors, config, abstract)
-    readers = _readers(rows, tensors, config)
-
-    def place(path, leaf, target):
-        read = functools.partial(_read_leaf, readers[sharding.path_string(path)], leaf)
-        return jax.make_array_from_callback(leaf.shape, target, read)
-
-    score_target = targets.pop("score") if fresh_head else None
-    params = jax.tree_util.tree_map_with_path(place, abstract, targets)
-    if fresh_head:
-        params["score"] = jax.device_put(init_head(config, key), score_target)
-    return Pretrained(config, hf_config, params)
+    if found and num_labels not in (None, found.num_labels):
+        raise UserError(
+            f"{source} is a classifier with {found.num_labels} labels; expected a "
+            f"reward, cost or value model, with {num_labels}."
+        )
 
 
 def save_pretrained(
@@ -137,7 +162,8 @@ def save_pretrained(
     Args:
         directory: created if need be.
         pretrained: what to write; with `score` in its params it becomes a
-            ...ForSequenceClassification with one label.
+            ...ForSequenceClassification, or with a bias in it a ...ForScore, which
+            safe-rlhf reads.
         dtype: "float32", "bfloat16" or "float16".
         max_shard_bytes: weights beyond this are spread over several files.
 
@@ -172,16 +198,24 @@ def save_pretrained(
 def _mended_config(pretrained, dtype):
     """config.json as it was, telling what is written now."""
     hf_config = dict(pretrained.hf_config)
-    family = family_of(hf_config)
-    for stale in ("torch_dtype", "num_labels", "id2label", "label2id"):
-        hf_config.pop(stale, None)
+    family, head = family_of(hf_config), head_to_write(pretrained.params)
+    stale = ["torch_dtype", "num_labels", "do_normalize", "mean", "var"]
+    if head is None or head.num_labels == 1:
+        stale += ["id2label", "label2id"]
+    for name in stale:
+        hf_config.pop(name, None)
     hf_config["dtype"] = str(jnp.dtype(dtype))
-    if "score" in pretrained.params:
-        hf_config["architectures"] = [family.classifier]
+    if head is None:
+        hf_config["architectures"] = [family.language_model]
+        return hf_config
+    hf_config["architectures"] = [family.classifier]
+    if head.name == SAFE_RLHF:
+        name = family.classifier.replace("ForSequenceClassification", "ForScore")
+        scores = {"score_dim": head.num_labels, "score_bias": True, "bias": True}
+        return hf_config | scores | {"architectures": [name]}
+    if head.num_labels == 1:
         # transformers counts the labels by this table.
         hf_config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    else:
-        hf_config["architectures"] = [family.language_model]
     return hf_config
 
 
@@ -193,11 +227,11 @@ def _write_tensors(work, pretrained, dtype, max_shard_bytes):
     """
     config, params = pretrained.config, pretrained.params
     family = family_of(pretrained.hf_config)
-    rows = _rows(family, config, head="score" in params)
-    leaves = _leaves(params)
-    names = [(row, name) for row in rows for name in _names(row, config)]
+    rows = _rows(family, config, head_to_write(params))
+    leaves = leaves_by_path(params)
+    names = [(row, name) for row in rows for name in tensor_names(row, config)]
     sizes = {
-        row.name: dtype.itemsize * int(np.prod(_shape(row, config, leaves)))
+        row.name: dtype.itemsize * int(np.prod(tensor_shape(row, config, leaves)))
         for row in rows
     }
     shards, room = [[]], max_shard_bytes
@@ -237,13 +271,13 @@ def _values(rows, config, leaves, dtype) -> Iterator[np.ndarray]:
             yield np.ascontiguousarray(tensor, dtype)
 
 
-def _rows(family: Family, config, *, head: bool, names=None) -> list[Row]:
+def _rows(family: Family, config, head: Head | None, *, names=None) -> list[Row]:
     """All rows of a checkpoint, with full names.
 
     Args:
         family: whose names.
         config: the model's shape.
-        head: whether there is a scalar head instead of an unembedding.
+        head: what stands in place of an unembedding.
         names: the names present in a checkpoint being read; None gives the names to
             write.
     """
@@ -252,103 +286,9 @@ def _rows(family: Family, config, *, head: bool, names=None) -> list[Row]:
         prefix = ""
     rows = [row._replace(name=prefix + row.name) for row in family.rows(config)]
     if head:
-        return [*rows, Row("score.weight", ("score/kernel",), TRANSPOSED)]
+        return [*rows, *head_rows(head)]
     if config.tied_embeddings:
         return rows
     found = [name for name in family.unembed if names is not None and name in names]
     name = (found or family.unembed)[0]
     return [*rows, Row(name, ("unembed/kernel",), AS_IS)]
-
-
-def _names(row: Row, config) -> list[str]:
-    """The tensors of a row: one, or one a layer."""
-    if "{}" not in row.name:
-        return [row.name]
-    return [row.name.format(layer) for layer in range(config.num_layers)]
-
-
-def _leaves(params) -> dict[str, Any]:
-    """Leaves by path."""
-    found = jax.tree_util.tree_leaves_with_path(params)
-    return {sharding.path_string(path): leaf for path, leaf in found}
-
-
-def _shape(row: Row, config, leaves) -> tuple[int, ...]:
-    """The shape of each tensor of a row, from our leaves' shapes."""
-    layered = "{}" in row.name
-    shapes = [leaves[path].shape[1 if layered else 0 :] for path in row.paths]
-    parts = tuple(np.broadcast_to(np.float32(0), shape) for shape in shapes)
-    return row.transform.join(parts, config).shape
-
-
-def _check_tensors(directory, rows, tensors, config, abstract):
-    """Refuse missing, unexpected, misshapen and non-float tensors."""
-    leaves = _leaves(abstract)
-    rows = [row for row in rows if all(path in leaves for path in row.paths)]
-    expected = {
-        name: shape
-        for row in rows
-        for shape in [_shape(row, config, leaves)]
-        for name in _names(row, config)
-    }
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise UserError(f"{directory} lacks {_few(missing)}.")
-    heads = {"lm_head.weight", "embed_out.weight"}
-    unexpected = [
-        name
-        for name in tensors
-        if name not in expected and name not in heads and not BUFFERS.search(name)
-    ]
-    if unexpected:
-        raise UserError(
-            f"{directory} holds tensors that its config.json has no place for: "
-            f"{_few(unexpected)}."
-        )
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise UserError(
-                f"{name} in {directory} has shape {tensor.shape}; its config.json "
-                f"means {shape}."
-            )
-        if tensor.dtype not in FLOATS:
-            raise UserError(
-                f"{name} in {directory} is stored as {tensor.dtype}; supported are "
-                f"{', '.join(FLOATS)}."
-            )
-
-
-def _few(names):
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
-
-
-def _readers(rows, tensors, config):
-    """For each leaf, one function a layer (or a single one) that reads its values."""
-
-    def reader(row, name, part):
-        tensor = tensors[name]
-        return lambda: row.transform.split(tensor.file.get_tensor(name), config)[part]
-
-    return {
-        path: ("{}" in row.name, [reader(row, n, part) for n in _names(row, config)])
-        for row in rows
-        for part, path in enumerate(row.paths)
-        if all(name in tensors for name in _names(row, config))
-    }
-
-
-def _read_leaf(readers, leaf, index):
-    """The slice `index` of a leaf, float32, read layer by layer."""
-    layered, reads = readers
-    if not layered:
-        return np.ascontiguousarray(reads[0]()[index], np.float32)
-    layers = range(leaf.shape[0])[index[0]]
-    slices = (np.asarray(reads[layer]()[index[1:]], np.float32) for layer in layers)
-    first = next(slices)
-    values = np.empty((len(layers), *first.shape), np.float32)
-    values[0] = first
-    for layer, value in enumerate(slices, 1):
-        values[layer] = value
-    return values

@@ -13,7 +13,8 @@ The tree (float32 masters; the weights of all layers are stacked on a leading L 
     layers/mlp/{gate,up,down}/{kernel,bias}   layers/post_mlp_norm/scale
     final_norm/{scale,bias} [D]
     unembed/kernel [V, D]                                       untied models only
-    score/kernel [D, 1]                                         scalar heads only
+    score/kernel [D, 1]   score/bias [1]                        scalar heads only; n
+                                                                labels of a classifier
 """
 
 import functools
@@ -27,7 +28,7 @@ from jax import lax
 
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.forward import embed, final_norm, make_context, run_layers
-from rlhf_jax.models.layers import Block, dot
+from rlhf_jax.models.layers import Block, along_last, dot
 
 Params = Any  # the tree above
 
@@ -60,6 +61,7 @@ class Model(NamedTuple):
     unembed: Callable[[Any, jax.Array], jax.Array]
     unembedding: Callable[[Any], jax.Array]
     score: Callable[[Any, jax.Array], jax.Array]
+    classify: Callable[[Any, jax.Array], jax.Array]
 
 
 def make_model(
@@ -84,6 +86,7 @@ def make_model(
         - `unembed(params, hidden [..., D]) -> logits [..., V]` float32.
         - `unembedding(params) -> [V, D]`, the matrix `unembed` multiplies by.
         - `score(params, hidden [..., D]) -> [...]` float32, from the scalar head.
+        - `classify(params, hidden [..., D]) -> [..., n]` float32, a logit a label.
     """
     dtype = jnp.dtype(dtype)
     return Model(
@@ -96,6 +99,7 @@ def make_model(
         functools.partial(unembed, config, dtype),
         functools.partial(unembedding, config),
         score,
+        classify,
     )
 
 
@@ -313,4 +317,11 @@ def unembed(
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
     """The scalar head: float32 [...] of hidden states [..., D]."""
-    return dot(hidden.astype(jnp.float32), params["score"]["kernel"])[..., 0]
+    return classify(params, hidden)[..., 0]
+
+
+def classify(params: Params, hidden: jax.Array) -> jax.Array:
+    """All scores of a head, float32 [..., n] of hidden states [..., D]."""
+    head = params["score"]
+    scores = dot(hidden.astype(jnp.float32), head["kernel"])
+    return along_last(head["bias"], scores) + scores if "bias" in head else scores

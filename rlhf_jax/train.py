@@ -21,6 +21,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import join_hosts
 
 ALGORITHMS = {
+    "dpo": "rlhf_jax.trainers.dpo",
+    "grpo": "rlhf_jax.trainers.grpo",
     "ppo": "rlhf_jax.trainers.ppo",
     "reward_model": "rlhf_jax.trainers.reward_model",
     "sft": "rlhf_jax.trainers.sft",

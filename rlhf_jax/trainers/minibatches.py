@@ -22,14 +22,12 @@ from rlhf_jax.errors import UserError
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[dict, dict]]]
 
 
-def check_minibatches(
-    config: ConfigDict, learning: ConfigDict, mesh: Mesh, rows: int
-) -> None:
+def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
     """Raises a `UserError` unless a phase's rows divide into equal micro-batches."""
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
-    told = f"config.rollout.prompts={batch}" + (
-        f" x group={group}" if group > 1 else ""
-    )
+    rows, told = batch * group, f"config.rollout.prompts={batch}"
+    if group > 1:
+        told += f" x group={group}"
     sharding.check_batch("config.rollout.prompts", batch, mesh)
     parts = learning.minibatches * learning.accumulation
     if parts < 1 or rows % parts:

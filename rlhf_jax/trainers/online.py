@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -95,6 +96,17 @@ def make_policy_logprobs(model: Model, config: ConfigDict) -> Callable:
         model,
         temperature=config.rollout.temperature,
         chunk_size=config.logprob_chunk or None,
+    )
+
+
+def shape_scores(
+    scores: jax.Array, samples: Responses, learning: ConfigDict
+) -> jax.Array:
+    """Scores [B] clipped, and less the penalty where a response was cut off."""
+    if learning.score_clip:
+        scores = jnp.clip(scores, -learning.score_clip, learning.score_clip)
+    return losses.missing_eos_penalty(
+        scores, samples.finished, penalty=learning.missing_eos_penalty
     )
 
 

@@ -131,11 +131,7 @@ def make_assess(models: Models, config: ConfigDict) -> Callable:
         ref_logprobs = policy_logprobs(reference, transcript).logprobs
         values = values_of(models, state.critic, transcript, learner.hidden)
 
-        if ppo.score_clip:
-            scores = jnp.clip(scores, -ppo.score_clip, ppo.score_clip)
-        scores = losses.missing_eos_penalty(
-            scores, samples.finished, penalty=ppo.missing_eos_penalty
-        )
+        scores = online.shape_scores(scores, samples, ppo)
         pair = (learner.logprobs, ref_logprobs, mask)
         kl = losses.kl.estimate(*pair, estimator=ppo.kl_estimator)
         rewards = losses.kl_shaped_rewards(scores, kl, mask, kl_coef=state.kl_coef)

@@ -1,0 +1,394 @@
+"""Group relative policy optimization, its variants, RLOO and REINFORCE++.
+
+One phase, from top to bottom:
+    1. sample G responses y_1…y_G to each prompt x from the policy π     (make_sampler)
+    2. score them: R_i = R(x, y_i), from any mix of rewards              (score_all)
+       with dynamic sampling, go on with new prompts until enough groups
+       have rewards that differ                                       (informative.py)
+    3. advantages A_it: R_i against its group, no critic                 (make_assess)
+    4. for each epoch and minibatch, one optimizer step on               (make_update)
+           E[ℓ(ρ, A) + β·KL̂(π‖π_ref) − c_h · H[π]]                      ρ = π/π_old
+       ℓ and the mean E are those of the variant.
+
+What `config.grpo.variant` names is a loss, a scale of the advantages and a mean:
+grpo, dr_grpo, bnpo, dapo, gspo, cispo, sapo (`losses.policy_variants`). `advantage` and
+`aggregation` replace the latter two, and with `kl_in: "reward"`
+    RLOO                 is advantage "leave_one_out", aggregation "sequence_sum",
+    REINFORCE++          is advantage "reinforce_plus_plus", and needs no group,
+    REINFORCE++-baseline is advantage "reinforce_plus_plus_baseline", KL in the loss.
+
+A response that was cut off can be punished (`missing_eos_penalty`, `overlong`), or left
+out of the loss but not out of its group (`overlong.filter`).
+
+References:
+    Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300
+    Liu et al. 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783
+    Yu et al. 2025 (DAPO: token mean, dynamic sampling, overlong responses),
+    https://arxiv.org/abs/2503.14476
+    Ahmadian et al. 2024 (RLOO), https://arxiv.org/abs/2402.14740
+    Hu et al. 2025 (REINFORCE++), https://arxiv.org/abs/2501.03262
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax import losses, progress, sharding
+from rlhf_jax.data.prompts import Prompts
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses import group_advantages, masked, policy_variants
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.plots import Panel
+from rlhf_jax.rewards import Reward, build_rewards
+from rlhf_jax.rollout.logprobs import Transcript
+from rlhf_jax.rollout.sampler import Sampler
+from rlhf_jax.trainers import common, informative, keys, loading, online
+from rlhf_jax.trainers.minibatches import (
+    check_minibatches,
+    make_learn,
+    minibatch_order,
+)
+from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+
+RANGES = {
+    "rollout.group": (1, math.inf),
+    "grpo.epochs": (1, math.inf),
+    "grpo.clip_low": (0, 1),
+    "grpo.clip_high": (0, math.inf),
+    "grpo.kl_coef": (0, math.inf),
+    "grpo.target_kl": (0, math.inf),
+    "grpo.dynamic_sampling": (0, math.inf),
+    "grpo.overlong.buffer": (0, math.inf),
+    "logprob_chunk": (0, math.inf),
+}
+ADVANTAGES = (
+    *group_advantages.SCALES,
+    *("leave_one_out", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+)
+GROUP_PANEL = Panel(
+    "Groups whose rewards differ", "fraction", {"": "groups/informative"}
+)
+
+
+class Experience(NamedTuple):
+    """One phase's rollouts, as the update needs them (B rows, P prompt, N response)."""
+
+    transcript: Transcript  # prompts [B, P], responses [B, N] and their masks
+    mask: jax.Array  # [B, N] the tokens that are learned from
+    old_logprobs: jax.Array  # [B, N] of the policy that sampled
+    ref_logprobs: jax.Array  # [B, N]
+    advantages: jax.Array  # [B, N]
+    weights: jax.Array  # [B, N] of importance, 1 without correction
+    sequence_kl: jax.Array  # [B] Σ_t (log π − log π_ref), nats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that changes from phase to phase; the randomness is (seed, phase)."""
+
+    policy: Any
+    opt_state: Any
+
+
+def make_advantages(config: ConfigDict) -> Callable:
+    """Builds `advantages(scores [B], kl [B, N], mask) -> [B, N]` (step 3)."""
+    grpo, group = config.grpo, config.rollout.group
+    name = grpo.advantage or policy_variants.variant(grpo.variant).scale
+    kl_coef = grpo.kl_coef if grpo.kl_in == "reward" else 0.0
+
+    def advantages(scores, kl, mask):
+        if name == "reinforce_plus_plus":
+            rewards = losses.kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
+            return losses.reinforce_plus_plus(rewards, mask, gamma=1.0)
+        rewards, answered = scores - kl_coef * kl.sum(axis=1), mask.any(axis=1)
+        if name == "reinforce_plus_plus_baseline":
+            return losses.reinforce_plus_plus_baseline(rewards, mask, group_size=group)
+        if name == "leave_one_out":
+            of_rows = losses.leave_one_out(rewards, answered, group_size=group)
+        elif name == "opo":
+            of_rows = losses.opo(rewards, mask, group_size=group)
+        else:
+            of_rows = losses.group_relative(
+                rewards, answered, group_size=group, scale=name, eps=grpo.std_eps
+            )
+        return losses.over_tokens(of_rows, mask)
+
+    return advantages
+
+
+def make_assess(model: Model, config: ConfigDict) -> Callable:
+    """Builds `assess(policy, reference, transcript, samples, scores, kept)`.
+
+    Step 3: log-probabilities of policy and reference, advantages, and which tokens are
+    learned from. `kept` [B] bool leaves rows out of the loss, not out of their group.
+    Returns (Experience, metrics).
+    """
+    grpo = config.grpo
+    policy_logprobs = online.make_policy_logprobs(model, config)
+    advantages_of = make_advantages(config)
+
+    @jax.jit
+    def assess(policy, reference, transcript: Transcript, samples, scores, kept):
+        mask = transcript.mask
+        learner = policy_logprobs(policy, transcript)
+        ref_logprobs = policy_logprobs(reference, transcript).logprobs
+        pair = (learner.logprobs, ref_logprobs, mask)
+        scores = online.shape_scores(scores, samples, grpo)
+        if grpo.overlong.buffer:
+            scores += losses.overlong_penalty(
+                mask.sum(axis=1),
+                max_length=config.rollout.max_new_tokens,
+                buffer=grpo.overlong.buffer,
+                factor=grpo.overlong.factor,
+            )
+        kl = losses.kl.estimate(*pair, estimator=grpo.kl_estimator)
+        advantages = advantages_of(scores, kl, mask)
+        if grpo.overlong.filter:
+            kept &= samples.finished
+        weights = jnp.ones_like(learner.logprobs)
+        if grpo.importance.level:
+            weights = losses.importance_weights(
+                learner.logprobs, samples.logprobs, mask, **grpo.importance
+            )
+        experience = Experience(
+            transcript=transcript,
+            mask=mask & kept[:, None],
+            old_logprobs=learner.logprobs,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+            weights=weights,
+            sequence_kl=losses.kl.k1(*pair).sum(axis=1),
+        )
+        groups = scores.reshape(-1, config.rollout.group)
+        differ = (groups != groups[:, :1]).any(axis=1)
+        metrics = online.policy_metrics(learner, ref_logprobs, samples) | {
+            "groups/informative": differ.mean(),
+            "groups/std": groups.std(axis=1).mean(),
+            "groups/kept": kept.mean(),
+            "advantage/std": jnp.sqrt(masked.var(advantages, mask)),
+        }
+        return experience, metrics
+
+    return assess
+
+
+def make_surrogate(config: ConfigDict) -> Callable:
+    """The variant's ℓ: (logprobs, old_logprobs, advantages, mask) -> (loss, ...)."""
+    grpo = config.grpo
+    clip = {"clip_low": grpo.clip_low, "clip_high": grpo.clip_high}
+    settings = {
+        "gspo": clip,
+        "cispo": {"ratio_min": grpo.ratio_min, "ratio_max": grpo.ratio_max},
+        "sapo": {"tau_pos": grpo.tau_pos, "tau_neg": grpo.tau_neg},
+    }
+    others = clip | {"dual_clip": grpo.dual_clip or None}
+    loss = policy_variants.variant(grpo.variant).loss
+    return functools.partial(loss, **settings.get(grpo.variant, others))
+
+
+def make_aggregate(config: ConfigDict) -> Callable:
+    """The variant's mean: (loss [B, N], mask) -> (sum, count)."""
+    grpo = config.grpo
+    return functools.partial(
+        losses.aggregate,
+        mode=grpo.aggregation or policy_variants.variant(grpo.variant).aggregation,
+        max_length=config.rollout.max_new_tokens,
+    )
+
+
+class Counts(NamedTuple):
+    """What a minibatch's sums are divided by."""
+
+    loss: jax.Array  # the variant's
+    tokens: jax.Array  # that are learned from
+
+
+def make_counts(config: ConfigDict) -> Callable[[Experience], Counts]:
+    """Builds `counts(rows)` of a whole minibatch."""
+    aggregate = make_aggregate(config)
+
+    def counts(rows: Experience) -> Counts:
+        _, count = aggregate(jnp.zeros(rows.mask.shape), rows.mask)
+        return Counts(jnp.maximum(count, 1), jnp.maximum(rows.mask.sum(), 1))
+
+    return counts
+
+
+def make_loss(model: Model, config: ConfigDict) -> Callable:
+    """Builds `loss(policy, rows, counts) -> (loss, sums)` of one micro-batch (step 4).
+
+    The losses of a minibatch's micro-batches add up to that of the minibatch, but for
+    "bnpo", which is a mean of means.
+    """
+    grpo = config.grpo
+    policy_logprobs = online.make_policy_logprobs(model, config)
+    surrogate, aggregate = make_surrogate(config), make_aggregate(config)
+    local_counts = make_counts(config)
+
+    def loss(policy, rows: Experience, counts: Counts):
+        mask = rows.mask
+        learner = policy_logprobs(policy, rows.transcript)
+        policy_loss, told = surrogate(
+            learner.logprobs, rows.old_logprobs, rows.advantages, mask
+        )
+        policy_loss = policy_loss * rows.weights
+        kl = losses.kl.estimate(
+            learner.logprobs, rows.ref_logprobs, mask, estimator=grpo.kl_estimator
+        )
+        entropy = jnp.where(mask, learner.entropy, 0.0)
+        of_tokens = policy_loss - grpo.entropy_coef * entropy
+        if grpo.kl_in == "loss":
+            of_tokens = of_tokens + grpo.kl_coef * kl
+        divisor = counts.loss
+        if grpo.variant == "bnpo":
+            divisor = local_counts(rows).loss * grpo.accumulation
+        objective = aggregate(of_tokens, mask)[0] / divisor
+
+        mean = lambda x: masked.sum(x, mask) / counts.tokens
+        sums = {
+            "loss": objective,
+            "policy/loss": aggregate(policy_loss, mask)[0] / divisor,
+            "policy/kl_loss": aggregate(kl, mask)[0] / divisor,
+            "policy/approx_kl": mean(told.approx_kl),
+            "policy/clip_fraction": mean(told.clipped),
+            "policy/ratio_mean": mean(told.ratio),
+            "policy/entropy_learner": mean(learner.entropy),
+        }
+        deviation = jnp.abs(told.ratio - 1.0).max()
+        return objective, (sums, {"policy/ratio_deviation": deviation})
+
+    return loss
+
+
+def make_update(
+    model: Model, config: ConfigDict, optimizer: optax.GradientTransformation
+) -> Callable:
+    """Builds `update(state, experience, order) -> (state, metrics)` (step 4).
+
+    `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
+    epochs. The state is donated.
+    """
+    learn = make_learn(
+        make_loss(model, config),
+        optimizer,
+        config.grpo,
+        counts=make_counts(config),
+        norms=lambda grads: {"policy/grad_norm": optax.tree.norm(grads)},
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, experience: Experience, order: jax.Array):
+        policy, opt_state, metrics = learn(
+            state.policy, state.opt_state, experience, order
+        )
+        lr = {"optimizer/lr": learning_rate(opt_state)}
+        return State(policy, opt_state), metrics | lr
+
+    return update
+
+
+def validate(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a `UserError` for settings that cannot work together."""
+    online.check_rollout(config)
+    check_minibatches(config, config.grpo, mesh)
+    common.check_ranges(config, RANGES)
+    grpo = config.grpo
+    choices = {
+        "variant": tuple(policy_variants.VARIANTS),
+        "advantage": ("", *ADVANTAGES),
+        "aggregation": ("", *losses.aggregation.MODES),
+        "kl_in": ("loss", "reward"),
+        "kl_estimator": losses.kl.ESTIMATORS,
+    }
+    for name, known in choices.items():
+        if grpo[name] not in known:
+            raise UserError(
+                f"config.grpo.{name}={grpo[name]!r} is unknown; take one of "
+                + ", ".join(map(repr, known))
+            )
+    if config.rollout.group < 2 and grpo.advantage != "reinforce_plus_plus":
+        raise UserError(
+            f"config.rollout.group={config.rollout.group} must be at least 2: an "
+            "advantage is against the other responses to the same prompt, but for "
+            "config.grpo.advantage='reinforce_plus_plus'"
+        )
+
+
+def make_phase(
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    sample: Sampler,
+    rewards: Sequence[Reward],
+    prompts: Prompts,
+    reference: Any,
+) -> Callable:
+    """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 4."""
+    collect = informative.make_collect(config, mesh, sample, rewards, prompts)
+    assess = make_assess(model, config)
+    update = make_update(model, config, optimizer)
+    batch, grpo = online.rows_per_phase(config), config.grpo
+
+    def run_phase(state: State, phase: int):
+        jax.block_until_ready(state)  # the last update is not this rollout's time
+        collected, kept, drawn = collect(state.policy, phase)
+        _, _, transcript, samples = collected.rollout
+        experience, metrics = assess(
+            state.policy, reference, transcript, samples, collected.scores, kept
+        )
+        key = keys.branch_key(config.seed, keys.ORDER, phase)
+        order = minibatch_order(key, batch, grpo.epochs, grpo.minibatches)
+        state, learned = update(state, experience, order)
+        rows, measured = online.report(config, collected, experience.sequence_kl)
+        counts = {"episodes": phase * batch, "groups/draws": drawn}
+        return state, metrics | learned | measured | counts, rows
+
+    return run_phase
+
+
+def run(config: ConfigDict) -> None:
+    """Trains a policy in `config.workdir`, or goes on where that run stopped."""
+    console = progress.make_console()
+    mesh = sharding.make_mesh(**config.mesh)
+    validate(config, mesh)
+    files = common.open_workdir(config)
+    with jax.set_mesh(mesh):
+        policy = loading.load_model(config.model, config, mesh)
+        tokenizer = loading.load_run_tokenizer(config, console)
+        rewards = build_rewards(config.rewards, mesh=mesh)
+        sample = online.make_sampler(config, policy.model, tokenizer, mesh)
+        prompts, heldout = online.load_both(
+            config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens
+        )
+        steps = config.total_phases * config.grpo.epochs * config.grpo.minibatches
+        optimizer = make_optimizer(config.optimizer, config.optimizer.lr, steps)
+        opt_state = loading.init_optimizer(optimizer, policy.params, mesh)
+        reference = loading.copy(policy.params)
+        state = State(policy.params, opt_state)
+        common.print_plan(console, config, mesh, {"policy": state.policy})
+        evaluate = online.make_evaluation(
+            config, mesh, policy.model, sample, rewards, heldout
+        )
+        hooks = common.Hooks(
+            run_phase=make_phase(
+                config,
+                *(mesh, policy.model, optimizer, sample, rewards, prompts, reference),
+            ),
+            evaluate=lambda state: evaluate(state.policy, reference),
+            fields=online.FIELDS,
+            panels=(*online.PANELS, GROUP_PANEL),
+            headline=online.headline(config.judges),
+        )
+        state = common.run_loop(config, files, console, state, hooks)
+        loading.export(config, files, policy, state.policy, tokenizer)
+        common.close_run(files, console, hooks, f"GRPO: {config.workdir}")

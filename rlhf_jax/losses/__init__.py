@@ -10,7 +10,15 @@ Losses are not averaged. Reduce with `masked.sum_and_count`, add the sums and th
 over micro-batches and devices, and divide once.
 """
 
-from rlhf_jax.losses import aggregation, constrained, evolution, kl, masked
+from rlhf_jax.losses import (
+    aggregation,
+    constrained,
+    evolution,
+    fitness,
+    kl,
+    masked,
+    perturbations,
+)
 from rlhf_jax.losses.advantages import (
     discounted_returns,
     gae,
@@ -85,6 +93,7 @@ __all__ = [
     "discounted_returns",
     "dpo",
     "evolution",
+    "fitness",
     "gae",
     "group_relative",
     "gspo",
@@ -107,6 +116,7 @@ __all__ = [
     "orpo",
     "over_tokens",
     "overlong_penalty",
+    "perturbations",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "remax",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import losses
-from rlhf_jax.losses import aggregation, constrained, evolution, kl, masked
+from rlhf_jax.losses import aggregation, constrained, fitness, kl, masked
 from rlhf_jax.losses.dpo_types import LOSS_TYPES
 
 D, V = 3, 7
@@ -245,8 +245,11 @@ KERNELS = {
     "constrained.combined_advantage": Kernel(
         bind(constrained.combined_advantage, multiplier=1.5), "xxm"
     ),
-    "evolution.z_score": Kernel(evolution.z_score, "XM", whole_batch=True),
-    "evolution.centered_ranks": Kernel(evolution.centered_ranks, "XM", 1, True),
+    "fitness.z_score": Kernel(fitness.z_score, "XM", whole_batch=True),
+    "fitness.z_score grouped": Kernel(
+        bind(fitness.z_score, group_size=2), "XM", 2, whole_batch=True
+    ),
+    "fitness.centered_ranks": Kernel(fitness.centered_ranks, "XM", 1, True),
 }
 for scale in ("group", "batch", "none"):
     KERNELS[f"group_advantages.group_relative {scale}"] = Kernel(

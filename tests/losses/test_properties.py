@@ -29,11 +29,12 @@ WITHOUT_A_MASK = {
     "aggregation": {"aggregate"},
     "constrained": {"combined_reward", "cost_ema", "lagrangian_update"},
     "direct_preference": {"reverse_kl", "forward_kl", "js", "alpha_divergence"},
-    "evolution": {
-        *("perturbation", "perturb", "low_rank_noise", "densify", "low_rank_matmul"),
-        *("evolution_gradient", "evolution_update"),
-    },
+    "evolution": {"evolution_gradient", "evolution_update"},
     "group_advantages": {"overlong_penalty"},
+    "perturbations": {
+        *("perturbation", "perturb", "low_rank_noise", "densify", "low_rank_matmul"),
+        *("member_key", "leaf_keys"),
+    },
     "policy": {"adaptive_kl_coef", "missing_eos_penalty"},
     "policy_variants": {"variant"},
 }

@@ -124,58 +124,73 @@ def value_and_gradient(function, x):
     return {"loss": loss.item(), "gradient": x.grad.numpy()}
 
 
-def trl_loss(name, arrays, mask):
-    """TRL's own loss in double precision, and its gradient in log π."""
-    from trl import GRPOTrainer
-
-    settings = SETTINGS[f"trl/{name}"]
-    double = {k: torch.tensor(v, dtype=torch.float64) for k, v in arrays.items()}
-    mask = torch.tensor(mask)
+def trl_trainer(name, settings, *, max_length, **attributes):
+    """What `GRPOTrainer._compute_loss` reads of a trainer; `attributes` replace it."""
     accelerator = types.SimpleNamespace(
-        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        num_processes=1,
+        gather=lambda x: x,
+        reduce=lambda x, reduction: x,
+        sync_gradients=False,
     )
-    trainer = types.SimpleNamespace(
-        loss_type="grpo" if name == "gspo" else name,
-        importance_sampling_level="sequence" if name == "gspo" else "token",
-        epsilon_low=settings.get("clip_low"),
-        epsilon_high=settings.get("clip_high", settings.get("ratio_max")),
-        beta=0.0,
-        max_completion_length=MAX_LENGTH,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-        model=types.SimpleNamespace(training=True),
-        accelerator=accelerator,
-        args=types.SimpleNamespace(
-            delta=None,
+    read = {
+        "loss_type": "grpo" if name == "gspo" else name,
+        "importance_sampling_level": "sequence" if name == "gspo" else "token",
+        "epsilon_low": settings.get("clip_low"),
+        "epsilon_high": settings.get("clip_high", settings.get("ratio_max")),
+        "beta": 0.0,
+        "max_completion_length": max_length,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "use_vllm": False,
+        "aux_loss_enabled": False,
+        "_entropy_bonus_enabled": False,
+        "current_gradient_accumulation_steps": 1,
+        "model": types.SimpleNamespace(training=True),
+        "accelerator": accelerator,
+        "args": types.SimpleNamespace(
+            delta=settings.get("dual_clip"),
             steps_per_generation=1,
+            use_bias_correction_kl=False,
             sapo_temperature_pos=settings.get("tau_pos"),
             sapo_temperature_neg=settings.get("tau_neg"),
         ),
-        _metrics={"train": collections.defaultdict(list)},
-    )
+        "_metrics": {"train": collections.defaultdict(list)},
+    }
+    return types.SimpleNamespace(**read | attributes)
+
+
+def trl_compute(trainer, logprobs, entropies, mask, **batch):
+    """`GRPOTrainer._compute_loss` of responses that say this, all [B, T]."""
+    from trl import GRPOTrainer
+
+    said = (logprobs, entropies, None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: said
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    batch = {
+    inputs = {
         "prompt_ids": ids[:, :1],
         "prompt_mask": torch.ones_like(ids[:, :1]),
         "completion_ids": ids,
         "completion_mask": mask.long(),
-        "advantages": double["row_advantages"],
-        "old_per_token_logps": double["old_logprobs"],
         "num_items_in_batch": mask.sum(),
     }
+    return GRPOTrainer._compute_loss(trainer, None, inputs | batch)
+
+
+def trl_loss(name, arrays, mask):
+    """TRL's own loss in double precision, and its gradient in log π."""
+    double = {k: torch.tensor(v, dtype=torch.float64) for k, v in arrays.items()}
+    mask = torch.tensor(mask)
+    trainer = trl_trainer(name, SETTINGS[f"trl/{name}"], max_length=MAX_LENGTH)
 
     def loss(logprobs):
-        entropies = torch.zeros_like(logprobs)
-        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
+        return trl_compute(
+            trainer,
             logprobs,
-            entropies,
-            None,
+            torch.zeros_like(logprobs),
+            mask,
+            advantages=double["row_advantages"],
+            old_per_token_logps=double["old_logprobs"],
         )
-        return GRPOTrainer._compute_loss(trainer, None, batch)
 
     return value_and_gradient(loss, arrays["logprobs"])
 

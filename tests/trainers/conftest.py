@@ -163,3 +163,11 @@ def alone(quick) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
+
+
+@pytest.fixture
+def quick_compilation():
+    """Most of the time of one update is XLA's, and tiny arrays need no fast code."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,41 +3,34 @@
 import dataclasses
 import functools
 import json
-import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from safetensors.numpy import save_file
 
 from configs.ppo import get_config
 from rlhf_jax import sharding
-from rlhf_jax.models.pretrained import load_pretrained
-from rlhf_jax.rollout.generate import Responses
-from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.trainers import loading, ppo
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
-SOURCE = FIXTURES / "families" / "llama"
-SPLIT = {"data": 2, "fsdp": 2, "tensor": 2}
+from .one_phase import (
+    SOURCE,
+    SPLIT,
+    distance,
+    from_hf,
+    load_fixture,
+    rollout_of,
+    shard_shapes,
+    single_mesh,
+    starting_with,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Most of the time here is XLA's, and tiny arrays need no optimized code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@functools.cache
-def saved() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "ppo_update.npz") as arrays:
-        return dict(arrays)
+def saved():
+    return load_fixture("ppo_update")
 
 
 def make_config(**changes):
@@ -72,30 +65,10 @@ def make_setup(config, mesh) -> Setup:
         state = dataclasses.replace(state, critic=critic)
     reference = jax.tree.map(jnp.copy, policy.params)
     reference["unembed"]["kernel"] *= arrays["unembedding_scale"]
-    columns = sharding.to_devices(
-        [
-            arrays[name]
-            for name in (
-                *("prompts", "prompt_mask", "responses", "mask"),
-                *("finished", "scores", "old_logprobs"),
-            )
-        ],
-        sharding.rows(mesh),
-    )
-    *transcript, finished, scores, old_logprobs = columns
-    transcript = Transcript(*transcript)
-    samples = Responses(transcript.responses, transcript.mask, old_logprobs, finished)
+    rollout = rollout_of(arrays, mesh)
     assess = ppo.make_assess(models, config)
     update = ppo.make_update(models, config, optimizer)
-    return Setup(state, reference, (transcript, samples, scores), assess, update)
-
-
-def single_mesh():
-    """A mesh of one device, where eight are to be had."""
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh(
-        (1, 1, 1), sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1]
-    )
+    return Setup(state, reference, rollout, assess, update)
 
 
 class Phase(NamedTuple):
@@ -127,41 +100,25 @@ def _run(calls, split, changes):
             setup.state, setup.reference, *setup.rollout
         )
         order = saved()["order"]
-        state, history, pieces = setup.state, [], [shard_shapes(setup.state)]
+        state, history, pieces = setup.state, [], [pieces_of(setup.state)]
         for part in order.reshape(4, 1, 1, -1) if calls == 4 else [order]:
             state, metrics = setup.update(state, experience, jnp.asarray(part))
             history.append(jax.device_get(metrics))
-        pieces.append(shard_shapes(state))
+        pieces.append(pieces_of(state))
         return Phase(*jax.device_get((experience, assessed, history, state)), pieces)
 
 
-def shard_shapes(state):
+def pieces_of(state):
     """The shape of each weight and moment as it lies on one device."""
-    piece = lambda x: x.sharding.shard_shape(x.shape)
-    return jax.tree.map(piece, (networks(state), state.opt_state))
+    return shard_shapes((networks(state), state.opt_state))
 
 
 def expected_weights():
-    """The fixture's updated weights, through the same files as any checkpoint."""
-    hf_config = json.loads((SOURCE / "config.json").read_text())
-    found = {}
-    for part in ("policy", "critic"):
-        tensors = {
-            name.removeprefix(f"{part}/"): value
-            for name, value in saved().items()
-            if name.startswith(f"{part}/")
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(tensors, f"{folder}/model.safetensors")
-            pathlib.Path(folder, "config.json").write_text(json.dumps(hf_config))
-            found[part] = load_pretrained(folder, head=None).params
-    return found
-
-
-def distance(tree, other):
-    """max |a − b| / max(1, |b|) over all leaves."""
-    far = lambda a, b: np.max(np.abs(a - b) / np.maximum(1.0, np.abs(b)), initial=0.0)
-    return max(jax.tree.leaves(jax.tree.map(far, tree, other)))
+    """The fixture's updated weights."""
+    return {
+        part: from_hf(starting_with(saved(), f"{part}/"))
+        for part in ("policy", "critic")
+    }
 
 
 def networks(state):

@@ -2,23 +2,65 @@
 
 import collections
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data import reviews
+from rlhf_jax.data.cleaning import AS_IT_IS, Cleaning, Counts, prepare_rows
+from rlhf_jax.data.formats import read_pairs
 from rlhf_jax.data.reviews import Review
+from rlhf_jax.data.rows import Pair
+from rlhf_jax.data.splits import open_split
 from rlhf_jax.errors import UserError
 
+__all__ = ["Pair", "load_pairs", "load_preferences", "preference", "preference_pairs"]
 
-class Pair(NamedTuple):
-    """Two real continuations of one prompt, `chosen` rated no lower by people."""
 
-    prompt: str
-    chosen: str  # prompt + chosen is the whole text
-    rejected: str
-    probability: float  # P(a rater of chosen > a rater of rejected), ties half
-    domain: str
+def load_pairs(
+    source: str,
+    *,
+    split: str | None,
+    tokenizer: Any = None,
+    preference: str = "better",
+    cleaning: Cleaning = AS_IT_IS,
+    domains: Sequence[str] = (),
+    rounds: int = 0,
+    seed: int = 0,
+) -> tuple[list[Pair], Counts]:
+    """The preference pairs of any source, and how many rows were dropped for what.
+
+    Args:
+      source: "builtin:reviews", or a file or data set as in `data.tables` with columns
+        as in `data.formats`.
+      split: of the built-in sentences and of a hub's data set, the split of that name;
+        of a file "train" or "validation" ("heldout" is the same), by the hash of the
+        prompt; None is all of a file.
+      tokenizer: writes chat messages by its template, and counts tokens.
+      preference: "better", or "safer" of PKU-SafeRLHF.
+      cleaning: what is dropped or cut; the built-in sentences are clean already.
+      domains: of the built-in sentences; none named is all of them.
+      rounds: of the built-in sentences, see `load_preferences`.
+      seed: of those rounds.
+
+    Returns:
+      The pairs, their prompts as strings, and the counts of `data.cleaning`.
+
+    Raises:
+      UserError: whatever is wrong with the source, with file and line.
+    """
+    if source == reviews.SOURCE:
+        pairs = load_preferences(
+            source,
+            split=split or "train",
+            domains=domains or tuple(reviews.FILES),
+            rounds=rounds,
+            seed=seed,
+        )
+        return pairs, {"kept": len(pairs)}
+    table = open_split(source, split)
+    rows = read_pairs(table, preference)
+    return prepare_rows(rows, table, split, tokenizer, cleaning)
 
 
 def load_preferences(

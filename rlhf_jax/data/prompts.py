@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.data import dialogues
+from rlhf_jax.data.formats import read_prompts
 from rlhf_jax.data.order import phase_rows
-from rlhf_jax.data.tables import Table, is_file, is_heldout, load_table, read_texts
+from rlhf_jax.data.splits import open_split, split_rows
+from rlhf_jax.data.tables import Table, load_table, read_texts
 from rlhf_jax.data.tokenizer import encode_texts
 from rlhf_jax.errors import UserError
 
 BUILTIN = {"train": "prompts_train.txt", "heldout": "prompts_heldout.txt"}
-DEFAULT_COLUMNS = ("prompt", "text")
 
 
 class Prompts(NamedTuple):
@@ -47,13 +49,15 @@ def load_prompts(
       split: "train" or "heldout". Of builtin: None is "train". Of a file: nine tenths
         and one tenth by a hash of the prompt; None is all of it. Of a hub's data set:
         its split of that name ("heldout" is its "test"); None is "train".
-      column: where the text is; None is "prompt", or else "text".
+      column: where the text is; None is what `formats.read_prompts` takes: "prompt",
+        what precedes the responses in any known format, or "text".
       extra_columns: handed to the reward functions by name.
       limit: at most so many prompts.
       seed: shuffle before the limit is applied; None keeps the order of the source.
       prefix_words: the prompt is only the first so many words of the text (HTML line
         breaks and runs of spaces become single spaces); shorter texts are dropped.
       prefix_tokens: the same in tokens of `tokenizer`.
+      tokenizer: writes chat messages by its template, and counts `prefix_tokens`.
 
     Raises:
       UserError: whatever is wrong with the source, with file and line; nothing left.
@@ -64,14 +68,18 @@ def load_prompts(
     for name, value in {**counts, "limit": limit}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} should be at least 1, not {value}")
-    texts, extra = _read(source, split, column, extra_columns)
+    table = _open(source, split)
+    texts, keys, extra = _read(table, column, extra_columns, tokenizer)
     if prefix_words is not None:
         texts = [_first_words(text, prefix_words) for text in texts]
     if prefix_tokens is not None:
         texts = _first_tokens(texts, prefix_tokens, tokenizer)
-    keep = [row for row, text in enumerate(texts) if text is not None]
-    if split in BUILTIN and is_file(source):
-        keep = [row for row in keep if is_heldout(texts[row]) == (split == "heldout")]
+    if prefix_words is not None or prefix_tokens is not None:
+        keys = [text or "" for text in texts]
+    keep = range(table.rows)
+    if source != "builtin":  # whose splits are files of their own
+        keep = split_rows(table, split, keys)
+    keep = [row for row in keep if texts[row] is not None]
     if not keep:
         raise UserError(
             f"no prompts are left of the {len(texts)} rows of {source}: the texts are "
@@ -92,52 +100,54 @@ def phase_batch(prompts: Prompts, phase: int, *, batch_size: int, seed: int) -> 
 
 
 def _read(
-    source: str, split: str | None, column: str | None, extra_columns: Sequence[str]
-) -> tuple[list[str], dict[str, list[Any]]]:
-    """The texts of the source and its extra columns, all of them."""
-    table = _open(source, split)
+    table: Table, column: str | None, extra_columns: Sequence[str], tokenizer: Any
+) -> tuple[list[str | None], list[str], dict[str, list[Any]]]:
+    """All texts of the table, what tells the split of each, and the extra columns."""
     for name in extra_columns:
         if name not in table.columns:
             raise UserError(
-                f"{source} has no column {name!r} for the rewards: it has "
+                f"{table.source} has no column {name!r} for the rewards: it has "
                 + ", ".join(map(repr, table.columns))
             )
-    if column is None:
-        known = [name for name in DEFAULT_COLUMNS if name in table.columns]
-        column = known[0] if known else DEFAULT_COLUMNS[0]
-    return read_texts(table, column), {name: table.read(name) for name in extra_columns}
+    extra = {name: table.read(name) for name in extra_columns}
+    if column is not None:
+        texts = read_texts(table, column)
+        return list(texts), texts, extra
+    prompts = read_prompts(table)
+    texts = [
+        None
+        if prompt is None
+        else dialogues.render(prompt, tokenizer, table.place(row))
+        for row, prompt in enumerate(prompts)
+    ]
+    return texts, [dialogues.plain_text(prompt or "") for prompt in prompts], extra
 
 
 def _open(source: str, split: str | None) -> Table:
-    if source == "builtin":
-        name = BUILTIN.get(split or "train")
-        if name is None:
-            raise UserError(
-                f"the builtin prompts have no split {split!r}: choose from "
-                + ", ".join(BUILTIN)
-            )
-        folder = importlib.resources.files("rlhf_jax") / "builtin"
-        with importlib.resources.as_file(folder / name) as path:
-            return load_table(str(path))
-    if is_file(source):
-        if split is not None and split not in BUILTIN:
-            raise UserError(
-                f"{source} is a file and has no split {split!r}: choose from "
-                + ", ".join(BUILTIN)
-            )
-        return load_table(source)
-    return load_table(source, split="test" if split == "heldout" else split)
+    if source != "builtin":
+        return open_split(source, split)
+    name = BUILTIN.get(split or "train")
+    if name is None:
+        raise UserError(
+            f"the builtin prompts have no split {split!r}: choose from "
+            + ", ".join(BUILTIN)
+        )
+    folder = importlib.resources.files("rlhf_jax") / "builtin"
+    with importlib.resources.as_file(folder / name) as path:
+        return load_table(str(path))
 
 
-def _first_words(text: str, count: int) -> str | None:
-    words = re.sub(r"<br\s*/?>", " ", text).split()
+def _first_words(text: str | None, count: int) -> str | None:
+    words = re.sub(r"<br\s*/?>", " ", text or "").split()
     return " ".join(words[:count]) if len(words) >= count else None
 
 
-def _first_tokens(texts: list[str], count: int, tokenizer) -> list[str | None]:
+def _first_tokens(
+    texts: list[str | None], count: int, tokenizer: Any
+) -> list[str | None]:
     if tokenizer is None:
         raise UserError("prefix_tokens needs the tokenizer whose tokens are counted")
-    ids = encode_texts(tokenizer, texts)
+    ids = encode_texts(tokenizer, [text or "" for text in texts])
     heads = tokenizer.batch_decode(
         [row[:count] for row in ids], clean_up_tokenization_spaces=False
     )

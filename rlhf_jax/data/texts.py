@@ -1,10 +1,48 @@
-"""Plain texts for language modelling."""
+"""Plain texts for language modelling, and prompts with their responses."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf_jax.data import reviews
+from rlhf_jax.data.cleaning import AS_IT_IS, Cleaning, Counts, prepare_rows
+from rlhf_jax.data.formats import read_completions
+from rlhf_jax.data.rows import Completion
+from rlhf_jax.data.splits import open_split
 from rlhf_jax.data.tables import is_file, is_heldout, load_table, read_texts
 from rlhf_jax.errors import UserError
+
+
+def load_completions(
+    source: str,
+    *,
+    split: str | None,
+    tokenizer: Any = None,
+    cleaning: Cleaning = AS_IT_IS,
+    domains: Sequence[str] = (),
+) -> tuple[list[Completion], Counts]:
+    """Prompts with the responses to learn, and how many rows were dropped for what.
+
+    Args:
+      source: "builtin:reviews", or a file or data set as in `data.tables` with columns
+        as in `data.formats`. Of a plain text the prompt is "".
+      split: of the built-in sentences and of a hub's data set, the split of that name;
+        of a file "train" or "validation" ("heldout" is the same), by the hash of the
+        prompt; None is all of a file.
+      tokenizer: writes chat messages by its template, and counts tokens.
+      cleaning: what is dropped or cut; the built-in sentences are clean already.
+      domains: of the built-in sentences; none named is all of them.
+
+    Returns:
+      The completions, their prompts as strings, and the counts of `data.cleaning`.
+
+    Raises:
+      UserError: whatever is wrong with the source, with file and line.
+    """
+    if source == reviews.SOURCE:
+        texts = load_texts(source, split=split or "train", domains=domains)
+        return [Completion("", text) for text in texts], {"kept": len(texts)}
+    table = open_split(source, split)
+    return prepare_rows(read_completions(table), table, split, tokenizer, cleaning)
 
 
 def load_texts(source: str, *, split: str, domains: Sequence[str] = ()) -> list[str]:

@@ -42,7 +42,7 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
     if not local and (path.exists() or source.startswith((".", "/", "~"))):
         raise UserError(f"no tokenizer at {source}: that is not a directory")
     try:
-        return auto.from_pretrained(
+        tokenizer = auto.from_pretrained(
             str(path) if local else source, trust_remote_code=False
         )
     except Exception as error:  # the hub, its cache and the files each raise their own
@@ -56,6 +56,13 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
             "the Hugging Face hub gave (check the spelling, or the network, or give a "
             f"local directory; {first_line(error)})"
         ) from error
+    # transformers makes an empty one for BERT and its kin from config.json alone
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"no tokenizer could be read from {source}: expected tokenizer.json or a "
+            "vocabulary beside config.json"
+        )
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

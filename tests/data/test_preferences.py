@@ -5,6 +5,7 @@ import pytest
 
 from rlhf_jax.data import preferences, reviews
 from rlhf_jax.data.preferences import (
+    Pair,
     load_preferences,
     preference,
     preference_pairs,
@@ -37,8 +38,8 @@ def test_pairs_share_words_and_domain_and_clear_the_thresholds():
     # Three shared words: poor and fine. Two: poor, hurts, fine in order, whose halves
     # pair poor with fine again (dropped). One: poor, hurts | fine, soars.
     assert preference_pairs(rows) == [
-        ("The acting is", " fine.", " poor.", 1.0, "movie"),
-        ("The", " plot soars.", " acting hurts.", 1.0, "movie"),
+        Pair("The acting is", " fine.", " poor.", 1.0, "movie"),
+        Pair("The", " plot soars.", " acting hurts.", 1.0, "movie"),
     ]
 
 
@@ -91,9 +92,9 @@ def test_random_pairs_take_each_sentence_once_a_round():
 def test_random_pairs_put_the_higher_rated_first():
     rows = some_rows(20)
     of = {(row.domain, row.text): row for row in rows}
-    for prompt, chosen, rejected, probability, domain in random_pairs(
-        rows, rounds=4, seed=3
-    ):
+    for pair in random_pairs(rows, rounds=4, seed=3):
+        prompt, chosen, rejected, probability, domain, *safe = pair
+        assert safe == [None, None]
         high, low = of[domain, chosen], of[domain, rejected]
         assert prompt == "" and high.rating >= low.rating
         assert probability == preference(high.ratings, low.ratings)

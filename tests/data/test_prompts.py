@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlhf_jax.data import prompts as module
+from rlhf_jax.data import splits
 from rlhf_jax.data.order import phase_rows
 from rlhf_jax.data.prompts import Prompts, load_prompts, phase_batch
 from rlhf_jax.data.tables import Table
@@ -82,7 +82,7 @@ def test_columns(tmp_path):
     with pytest.raises(UserError, match="has no column 'body'"):
         load_prompts(source, column="body")
     neither = write(tmp_path / "d.jsonl", [{"a": "x"}])
-    with pytest.raises(UserError, match="has no column 'prompt': it has 'a'"):
+    with pytest.raises(UserError, match="no columns that hold prompts: it has a;"):
         load_prompts(neither)
 
 
@@ -167,7 +167,7 @@ def test_the_splits_of_a_hub(monkeypatch, split, asked):
         seen.append((source, split))
         return Table(source, ("text",), 2, lambda column: ["a b", "c d"], str)
 
-    monkeypatch.setattr(module, "load_table", load_table)
+    monkeypatch.setattr(splits, "load_table", load_table)
     # all of it: a hub's data set has splits of its own
     assert load_prompts("tfds:imdb_reviews", split=split).texts == ["a b", "c d"]
     assert seen == [("tfds:imdb_reviews", asked)]

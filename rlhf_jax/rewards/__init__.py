@@ -6,12 +6,21 @@ reward's source and weight, and `build_rewards` finds it:
     "vader"                     sentiment of the response, by lexicon
     "package.module:function"   a Python function of that signature
     "builtin:reward"            the reward model that ships with the package
-    "runs/rm", a directory      a run's exported reward model, or an HF classifier
+    "runs/rm", a directory      a run's exported reward model, a Hugging Face classifier
+                                (BERT, DistilBERT, RoBERTa or a decoder) or a score
+                                model of safe-rlhf
+    "owner/name"                the same from the Hugging Face hub
+
+The entry of a model may also say which `label` counts, by name or number, the `output`
+("logit", "probability", "log_probability", "log_odds"), the `text` that it reads
+("{prompt}{response}") and its `dtype`: {"source": "runs/imdb", "label": "POSITIVE"}.
 """
 
 import importlib
 import math
+import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +28,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.errors import UserError, first_line
+from rlhf_jax.models.encoder_weights import ENCODERS
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.model_files import find_model, read_config
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards.classifier import load_classifier
+from rlhf_jax.rewards.labels import Reading
 from rlhf_jax.rewards.model import load_reward_model
 from rlhf_jax.run_files import exported
 
@@ -28,9 +42,11 @@ BUILTIN = {
 }
 FUNCTIONS = {"vader": functions.vader}
 KNOWN = (
-    f"take {', '.join([*FUNCTIONS, *BUILTIN])}, the directory of a reward model, or "
-    '"package.module:function"'
+    f"take {', '.join([*FUNCTIONS, *BUILTIN])}, the directory or hub id of a reward "
+    'model or classifier, or "package.module:function"'
 )
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+MODEL_OPTIONS = (*Reading._fields, "dtype")
 
 Score = Callable[..., np.ndarray]
 
@@ -53,6 +69,36 @@ def build_rewards(
       UserError: a source that does not exist or cannot be loaded.
     """
     return [_build(name, entry, mesh) for name, entry in config.items()]
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    mesh: Mesh,
+    dtype: str = "float32",
+    **reading: Any,
+) -> Score:
+    """A reward function from a reward model or classifier of any known architecture.
+
+    Args:
+      source: a directory or hub id.
+      mesh: where the model computes.
+      dtype: "float32" or "bfloat16", what its matmuls are computed in.
+      **reading: fields of `labels.Reading`.
+
+    Raises:
+      UserError: no such model, or an option that is not for it.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"unknown dtype {dtype!r}: choose from float32, bfloat16")
+    kind = read_config(find_model(source)).get("model_type")
+    if kind not in {*ENCODERS, *FAMILIES}:
+        raise UserError(
+            f"{source} has the unsupported model_type {kind!r}; supported are the "
+            f"classifiers {', '.join(ENCODERS)} and the decoders {', '.join(FAMILIES)}"
+        )
+    load = load_classifier if kind in ENCODERS else load_reward_model
+    return load(source, mesh=mesh, reading=Reading(**reading), dtype=dtype)
 
 
 def score_all(
@@ -99,17 +145,28 @@ def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
         raise UserError(f"reward {name!r} has no source; {KNOWN}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"reward {name!r} has the weight {weight!r}, expected a number")
-    return Reward(name, source, float(weight), _find(name, source, mesh))
+    options = {k: entry[k] for k in MODEL_OPTIONS if entry.get(k) is not None}
+    return Reward(name, source, float(weight), _find(name, source, mesh, options))
 
 
-def _find(name: str, source: str, mesh: Mesh) -> Score:
+def _find(name: str, source: str, mesh: Mesh, options: Mapping[str, Any]) -> Score:
+    path = BUILTIN.get(source) or pathlib.Path(exported(source)).expanduser()
+    if path.is_dir():
+        return load_model(path, mesh=mesh, **options)
+    if HUB_ID.fullmatch(source):
+        try:
+            find_model(source)
+        except UserError as error:
+            what = str(error).removesuffix(".")
+            raise UserError(f"reward {name!r}: {what}; {KNOWN}") from error
+        return load_model(source, mesh=mesh, **options)
+    if options:
+        raise UserError(
+            f"reward {name!r} ({source}) is no model, and only models have "
+            f"{', '.join(options)}"
+        )
     if source in FUNCTIONS:
         return FUNCTIONS[source]
-    if source in BUILTIN:
-        return load_reward_model(BUILTIN[source], mesh=mesh)
-    path = pathlib.Path(exported(source)).expanduser()
-    if path.is_dir():
-        return load_reward_model(path, mesh=mesh)
     module, _, function = source.partition(":")
     if not function or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(

@@ -157,7 +157,7 @@ def test_the_builtin_model(mesh):
         ("valder", "reward 'mine' has the source 'valder', which is no directory"),
         (
             "runs/no_such_run",
-            "no directory and no import path; take vader, built",
+            r"neither a directory here nor .* hub \(.*\); take vader, built",
         ),
         ("/no/such:model", "no directory and no import path"),
         ("my_scores", "no directory and no import path"),

@@ -31,7 +31,6 @@ References:
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,36 +42,17 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import losses, progress, sharding
 from rlhf_jax.data.prompts import Prompts
-from rlhf_jax.errors import UserError
-from rlhf_jax.losses import group_advantages, masked, policy_variants
+from rlhf_jax.losses import masked, policy_variants
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler
 from rlhf_jax.trainers import common, informative, keys, loading, online
-from rlhf_jax.trainers.minibatches import (
-    check_minibatches,
-    make_learn,
-    minibatch_order,
-)
+from rlhf_jax.trainers.grpo_settings import notes, validate
+from rlhf_jax.trainers.minibatches import make_learn, minibatch_order
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 
-RANGES = {
-    "rollout.group": (1, math.inf),
-    "grpo.epochs": (1, math.inf),
-    "grpo.clip_low": (0, 1),
-    "grpo.clip_high": (0, math.inf),
-    "grpo.kl_coef": (0, math.inf),
-    "grpo.target_kl": (0, math.inf),
-    "grpo.dynamic_sampling": (0, math.inf),
-    "grpo.overlong.buffer": (0, math.inf),
-    "logprob_chunk": (0, math.inf),
-}
-ADVANTAGES = (
-    *group_advantages.SCALES,
-    *("leave_one_out", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
-)
 GROUP_PANEL = Panel(
     "Groups whose rewards differ", "fraction", {"": "groups/informative"}
 )
@@ -296,33 +276,6 @@ def make_update(
     return update
 
 
-def validate(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises a `UserError` for settings that cannot work together."""
-    online.check_rollout(config)
-    check_minibatches(config, config.grpo, mesh)
-    common.check_ranges(config, RANGES)
-    grpo = config.grpo
-    choices = {
-        "variant": tuple(policy_variants.VARIANTS),
-        "advantage": ("", *ADVANTAGES),
-        "aggregation": ("", *losses.aggregation.MODES),
-        "kl_in": ("loss", "reward"),
-        "kl_estimator": losses.kl.ESTIMATORS,
-    }
-    for name, known in choices.items():
-        if grpo[name] not in known:
-            raise UserError(
-                f"config.grpo.{name}={grpo[name]!r} is unknown; take one of "
-                + ", ".join(map(repr, known))
-            )
-    if config.rollout.group < 2 and grpo.advantage != "reinforce_plus_plus":
-        raise UserError(
-            f"config.rollout.group={config.rollout.group} must be at least 2: an "
-            "advantage is against the other responses to the same prompt, but for "
-            "config.grpo.advantage='reinforce_plus_plus'"
-        )
-
-
 def make_phase(
     config: ConfigDict,
     mesh: Mesh,
@@ -361,6 +314,8 @@ def run(config: ConfigDict) -> None:
     console = progress.make_console()
     mesh = sharding.make_mesh(**config.mesh)
     validate(config, mesh)
+    for note in notes(config):
+        progress.say(console, note)
     files = common.open_workdir(config)
     with jax.set_mesh(mesh):
         policy = loading.load_model(config.model, config, mesh)

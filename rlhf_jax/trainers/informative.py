@@ -4,7 +4,7 @@ A group whose responses all have the same reward says nothing about what is bett
 its advantages are zero. With `config.grpo.dynamic_sampling` a phase draws that many
 times at most, each time with new prompts, and keeps the first groups that differ; what
 is still missing then is filled up with groups that do not, which are left out of the
-loss.
+loss. The reward is that of `config.rewards`, before any penalty for length.
 
 References:
     DAPO, section 3.2, https://arxiv.org/abs/2503.14476
@@ -50,7 +50,7 @@ def make_collect(
             differ = np.concatenate([differing(one.total, group) for one in found])
             if differ.sum() >= groups:
                 break
-        if most == 1:
+        if not config.grpo.dynamic_sampling:
             return found[0], sharding.to_devices(everything, rows), 1
         # Those that differ come first, in the order they were drawn.
         order = np.argsort(~differ, kind="stable")[:groups]

@@ -30,7 +30,7 @@ def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> N
         told += f" x group={group}"
     sharding.check_batch("config.rollout.prompts", batch, mesh)
     parts = learning.minibatches * learning.accumulation
-    if parts < 1 or rows % parts:
+    if min(learning.minibatches, learning.accumulation) < 1 or rows % parts:
         raise UserError(
             f"{told} must be a multiple of minibatches="
             f"{learning.minibatches} x accumulation={learning.accumulation}"

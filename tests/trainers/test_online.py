@@ -1,12 +1,10 @@
 import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.trainers import keys, online
-from rlhf_jax.trainers.minibatches import minibatch_order
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +56,6 @@ def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
     other = write(tmp_path / "b.txt", 3, "one")
     with pytest.raises(UserError, match="more than the 16 allowed"):
         online.load_both(data(path, other), tokenizer, prompt_tokens=16)
-
-
-def test_each_epoch_is_a_permutation_and_no_two_are_alike():
-    key = keys.branch_key(0, keys.ORDER, 1)
-    order = np.asarray(minibatch_order(key, 32, 3, 4))
-    assert order.shape == (3, 4, 8)
-    for epoch in order:
-        assert sorted(epoch.ravel()) == list(range(32))
-    assert not np.array_equal(order[0], order[1])
 
 
 def test_branches_and_phases_have_keys_of_their_own():

@@ -5,6 +5,7 @@ is on the same side in every file, for every model, whatever else the file holds
 set of a hub has its own.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +23,21 @@ def open_split(source: str, split: str | None) -> Table:
     Args:
       source: as in `tables.load_table`.
       split: of a file one of `FILE_SPLITS`, or None for the whole file. Of a hub, in
-        its own words; "heldout" means its "test", and "train[:90%]" a part.
+        its own words ("train[:90%]" is a part); "heldout" means its "test", and so
+        does "validation" where it has none.
 
     Raises:
       UserError: a split that is none, or whatever is wrong with the source.
     """
     if not is_file(source):
-        return load_table(source, split="test" if split == "heldout" else split)
+        try:
+            return load_table(source, split="test" if split == "heldout" else split)
+        except UserError as error:
+            if split != "validation":
+                raise
+            with contextlib.suppress(UserError):
+                return load_table(source, split="test")
+            raise error
     if split is not None and split not in FILE_SPLITS:
         raise UserError(
             f"{source} is a file and has no split {split!r}: choose from "

@@ -28,6 +28,7 @@ BASE = [
     "tokenizers>=0.21",
     "jinja2>=3.1",
     "matplotlib>=3.9",
+    "scipy>=1.13",
     "rich>=13.9",
     "vaderSentiment>=3.3.2",
 ]

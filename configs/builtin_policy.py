@@ -48,12 +48,23 @@ def get_config() -> ConfigDict:
             "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "neftune_alpha": 0.0,
             "data": {
                 "source": "builtin:reviews",
                 "domains": ("movie", "product", "news", "tweet"),
+                "min_characters": 0,
             },
             "sequence_tokens": 40,
-            "learning": {"batch": 32, "steps_per_phase": 100},
+            "learning": {
+                "batch": 32,
+                "accumulation": 1,
+                "steps_per_phase": 100,
+                "loss": "nll",
+                "label_smoothing": 0.0,
+                "completion_only": False,
+                "packing": False,
+                "buckets": (),
+            },
             "optimizer": {
                 "name": "adam",
                 "lr": 3e-3,

@@ -1,4 +1,4 @@
-"""The training curves of a run as one picture."""
+"""The training curves of a run, or of several beside each other, as one picture."""
 
 from __future__ import annotations
 
@@ -56,6 +56,62 @@ def plot_curves(
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, index + 1)
         _draw(axes, panel, _series(rows, panel))
+    _write(figure, path)
+
+
+def plot_comparison(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    gains: Mapping[str, tuple[float, float, float]],
+    path: str | os.PathLike,
+    *,
+    title: str = "",
+) -> None:
+    """Draws what several methods reached on held-out prompts, and writes a PNG.
+
+    Args:
+      runs: Method -> its metrics, as `run_files.read_metrics` gives them.
+      gains: Method -> (mean, low, high) of its gain in reward.
+      path: Where to; an old picture is replaced in one step.
+      title: Above all panels.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.2, 3.9), layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    by_time, by_kl, bars = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
+    for color, (method, rows) in enumerate(runs.items()):
+        seconds = np.cumsum([row.get("time/phase_s", 0.0) for row in rows])
+        points = np.array(
+            [
+                (at, row["heldout/kl"], row["heldout/reward_mean"])
+                for at, row in zip(seconds, rows, strict=True)
+                if "heldout/reward_mean" in row
+            ]
+        ).reshape(-1, 3)
+        at, kl, reward = points.T
+        style = {"color": f"C{color}", "marker": "o", "ms": 4, "lw": 1.4}
+        by_time.plot(at, reward, label=method, **style)
+        by_kl.plot(kl, reward, label=method, **style)
+        mean, low, high = gains[method]
+        spread = [[mean - low], [high - mean]]
+        bars.bar(method, mean, yerr=spread, color=f"C{color}", capsize=5)
+    labels = (
+        (by_time, "Held-out reward", "seconds of training", "score"),
+        (by_kl, "What it costs", "KL, nats a response", "held-out reward"),
+        (bars, "Gain, with 95 % interval", "", "score"),
+    )
+    for axes, heading, x, y in labels:
+        axes.set_title(heading, fontsize=11)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_time.legend(fontsize=9, frameon=False)
+    _write(figure, path)
+
+
+def _write(figure, path: str | os.PathLike) -> None:
+    """Beside it first, so that no half-written picture is ever there."""
     path = pathlib.Path(path)
     beside = path.with_name(path.name + ".tmp")
     figure.savefig(beside, format="png", dpi=110)

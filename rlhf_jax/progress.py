@@ -108,6 +108,25 @@ def show_plan(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> 
     console.print(table)
 
 
+def show_counts(console: Console, title: str, counts: Mapping[str, int]) -> None:
+    """Says in a line how many rows of a source are kept, and why others are not."""
+    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    say(console, f"{title}: {told}")
+
+
+def show_table(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Shows figures: the first column names them, the others hold them."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for number, name in enumerate(header):
+        justify = "right" if number else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
 def show_samples(
     console: Console, title: str, rows: Sequence[Mapping[str, Any]]
 ) -> None:

@@ -8,6 +8,7 @@ Every setting of the file can be given on the command line as `--config.<name>=<
 The same command again goes on where a stopped run was, bit for bit.
 """
 
+import functools
 import importlib
 import re
 import sys
@@ -23,6 +24,7 @@ from rlhf_jax.hosts import join_hosts
 ALGORITHMS = {
     "dpo": "rlhf_jax.trainers.dpo",
     "grpo": "rlhf_jax.trainers.grpo",
+    "pipeline": "rlhf_jax.pipeline",
     "ppo": "rlhf_jax.trainers.ppo",
     "reward_model": "rlhf_jax.trainers.reward_model",
     "sft": "rlhf_jax.trainers.sft",
@@ -41,7 +43,10 @@ def train(config: ConfigDict) -> None:
             f"take one of {', '.join(ALGORITHMS)}"
         )
     try:
-        importlib.import_module(ALGORITHMS[config.algorithm]).run(config)
+        run = importlib.import_module(ALGORITHMS[config.algorithm]).run
+        if config.algorithm == "pipeline":
+            run = functools.partial(run, train=train)  # of its stages
+        run(config)
     except AttributeError as error:
         *_, last = traceback.walk_tb(error.__traceback__)
         if "ml_collections" not in last[0].f_code.co_filename:

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "analysis"},
     {"trainers"},
     # command lines
-    {"train", "evaluate", "analyze", "explore", "export", "serve"},
+    {"train", "pipeline", "evaluate", "analyze", "explore", "export", "serve"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm

@@ -70,6 +70,9 @@ class TransformerConfig:
             means every layer.
         dropout: rate on the embedding and on both residual branches; it acts only
             where a dropout key is given.
+        neftune_alpha: noise on the embedding, where a dropout key is given: uniform in
+            ±alpha/sqrt(T·D) for a text of T tokens. Jain et al. 2023,
+            https://arxiv.org/abs/2310.05914
         init_std: standard deviation of fresh weights.
     """
 
@@ -105,6 +108,7 @@ class TransformerConfig:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     dropout: float = 0.0
+    neftune_alpha: float = 0.0
     init_std: float = 0.02
 
     def __post_init__(self):

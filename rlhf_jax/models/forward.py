@@ -83,6 +83,20 @@ def embed(
     return x
 
 
+def embedding_noise(
+    config: TransformerConfig, segments: jax.Array, x: jax.Array, key: jax.Array
+) -> jax.Array:
+    """NEFTune's noise [B, T, D], uniform in ±α/√(T·D), T the tokens of the text itself.
+
+    References:
+        Jain et al. 2023, algorithm 1, https://arxiv.org/abs/2310.05914
+    """
+    lengths = (segments[:, :, None] == segments[:, None, :]).sum(-1)
+    bound = config.neftune_alpha * lax.rsqrt(jnp.float32(x.shape[-1]) * lengths)
+    noise = jax.random.uniform(jax.random.fold_in(key, 1), x.shape, minval=-1.0)
+    return (bound[:, :, None] * noise).astype(x.dtype)
+
+
 def run_layers(
     config: TransformerConfig,
     dtype: jnp.dtype,
@@ -105,7 +119,7 @@ def run_layers(
         segments: [B, T] int32, 0 is padding.
         positions: [B, T] int32, or None to count within each segment.
         remat: recompute layers in the backward pass.
-        dropout_key: a typed PRNG key switches dropout on.
+        dropout_key: a typed PRNG key switches dropout and NEFTune's noise on.
         keep_cache: whether keys and values are wanted.
 
     Returns:
@@ -119,6 +133,8 @@ def run_layers(
     if dropout_key is not None:
         embed_key = jax.random.fold_in(dropout_key, config.num_layers)
         x = dropout(x, config.dropout, embed_key)
+        if config.neftune_alpha:
+            x = x + embedding_noise(config, segments, x, embed_key)
     x = sharding.constrain(x, sharding.BATCH, None, None)
     contexts = {
         slides: make_context(config, positions, allowed, sliding=slides)

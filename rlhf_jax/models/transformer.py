@@ -171,7 +171,7 @@ def apply(
             a packed row, and attention stays inside a segment.
         positions: [B, T] int, or None to count the real tokens of each segment, which
             makes left- and right-padded rows agree.
-        dropout_key: a typed PRNG key switches `config.dropout` on.
+        dropout_key: a typed PRNG key switches `config.dropout` and `neftune_alpha` on.
 
     Returns:
         [B, T, D] in `dtype`; finite, but meaningless, under the mask.

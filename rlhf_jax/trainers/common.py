@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import checkpoint, plots, progress, run_files, sharding
+from rlhf_jax import checkpoint, monitor, plots, progress, run_files, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import open_writers
 
@@ -104,6 +104,7 @@ def run_loop(
     Raises:
       UserError: a metric is not finite.
     """
+    monitor.reset_peak_memory()
     manager = checkpoint.open_checkpoints(
         files.checkpoints,
         keep=config.checkpoint.keep or None,
@@ -134,8 +135,8 @@ def run_loop(
             log.flush()
             if _due(phase, config.evaluate_every, config.total_phases):
                 held_out, held_out_rows = hooks.evaluate(state)
-                metrics, rows = {**metrics, **held_out}, [*held_out_rows, *rows]
-            log.put(phase, {**metrics, "time/phase_s": time.perf_counter() - started})
+                metrics, rows = metrics | held_out, [*held_out_rows, *rows]
+            log.put(phase, metrics | _measured(started))
             _finish_phase(config, files, console, manager, log, state, phase, rows)
         log.flush()
     except KeyboardInterrupt:
@@ -201,6 +202,13 @@ def _train_item(state: Any) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     fields.pop("policy")
     return fields
+
+
+def _measured(started: float) -> dict[str, float]:
+    """What a phase took, evaluation and all: seconds, and the peak of memory so far."""
+    peak = monitor.peak_memory()
+    memory = {} if peak is None else {"time/peak_gib": peak / 2**30}
+    return {"time/phase_s": time.perf_counter() - started} | memory
 
 
 def _due(phase: int, every: int, total: int) -> bool:

@@ -51,7 +51,8 @@ def load_model(
 
     Args:
       source: "builtin", a directory, a hub id; or the config of a model to make.
-      config: the run's; `seed`, `dtype`, `remat` and, if there, `dropout` are read.
+      config: the run's; `seed`, `dtype`, `remat` and, if there, `dropout` and
+        `neftune_alpha` are read.
       mesh: where the weights go.
       head: a scalar head in place of the unembedding, drawn from the seed where the
         checkpoint has none; None takes what the checkpoint has.
@@ -88,7 +89,8 @@ def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
                 f"config.{name}={config[name]!r} is unknown; "
                 f"take one of {', '.join(DTYPES)}"
             )
-    shape = dataclasses.replace(shape, dropout=config.get("dropout", 0.0))
+    noise = {name: config.get(name, 0.0) for name in ("dropout", "neftune_alpha")}
+    shape = dataclasses.replace(shape, **noise)
     return make_model(shape, dtype=config.dtype, remat=config.remat)
 
 

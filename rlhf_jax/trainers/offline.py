@@ -7,7 +7,7 @@ the rows is a function of (seed, phase).
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ from rlhf_jax.data.order import phase_rows
 from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 
-# (params, batch, key) -> (loss, metrics); the key is for dropout. Where micro-batches
-# are wanted, (params, rows, key, counts): its part in the loss and metrics of the batch.
+# (params, batch, key) -> (loss, metrics); the key is for dropout. With micro-batches,
+# (params, rows, key, counts) -> their part in the loss and the metrics of the batch.
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -108,26 +108,45 @@ def make_phase(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     rows: Any,
+    *,
+    cut: Callable[[np.ndarray, int], Sequence[Any]] | None = None,
     **micro_batches: Any,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, [])`.
 
-    `rows` is a pytree of NumPy arrays [N, ...], on every host; `micro_batches` are the
-    `accumulation` and `counts` of `make_update`.
+    Args:
+      config: the run's; `learning.batch` and `learning.steps_per_phase`.
+      mesh: where the batches go.
+      loss: of a batch or a micro-batch, see `make_update`.
+      optimizer: its update.
+      rows: a pytree of NumPy arrays [N, ...], on every host.
+      cut: (the phase's row numbers, phase) -> one batch [B, ...] for each step; None
+        takes them in order, in one compiled scan.
+      **micro_batches: the `accumulation` and `counts` of `make_update`.
     """
     update = make_update(loss, optimizer, **micro_batches)
     steps, batch = config.learning.steps_per_phase, config.learning.batch
     layout = NamedSharding(mesh, P(None, sharding.BATCH))
     count = len(jax.tree.leaves(rows)[0])
 
+    def scans(phase: int):
+        """Batches [S, B, ...] of the phase, S steps in one scan."""
+        order = phase_rows(count, phase - 1, batch_size=steps * batch, seed=config.seed)
+        if cut is not None:
+            return [jax.tree.map(lambda x: x[None], part) for part in cut(order, phase)]
+        shape = steps, batch
+        return [jax.tree.map(lambda x: x[order].reshape(*shape, *x.shape[1:]), rows)]
+
     def run_phase(state: State, phase: int):
         started = time.perf_counter()
-        order = phase_rows(count, phase - 1, batch_size=steps * batch, seed=config.seed)
-        batches = jax.tree.map(
-            lambda x: x[order].reshape(steps, batch, *x.shape[1:]), rows
-        )
-        key = keys.branch_key(config.seed, keys.DROPOUT, phase)
-        state, metrics = update(state, sharding.to_devices(batches, layout), key)
+        key, found = keys.branch_key(config.seed, keys.DROPOUT, phase), []
+        for number, batches in enumerate(scans(phase)):
+            # One scan draws from the phase's key itself, as all runs before did.
+            scan_key = jax.random.fold_in(key, number) if cut is not None else key
+            batches = sharding.to_devices(batches, layout)
+            state, metrics = update(state, batches, scan_key)
+            found.append(metrics)
+        metrics = jax.tree.map(lambda *x: sum(x) / len(x), *found)
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - started
         return state, metrics | {"time/rows_per_s": steps * batch / seconds}, []

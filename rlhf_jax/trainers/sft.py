@@ -1,9 +1,13 @@
 """Supervised fine-tuning: next-token prediction on texts, from any model or none.
 
-One phase is `config.learning.steps_per_phase` optimizer steps in one compiled program:
-    1. take the next batches of texts; the order is a function of (seed, phase)
-    2. L = −Σ_t m_t log π(y_t | y_<t) / Σ_t m_t over the whole batch
-    3. one optimizer step a batch; dropout only here, and only if the config asks
+Before the first phase texts become rows of tokens: one a row, padded, or several a row,
+packed, with attention inside each. Of prompts with responses the response alone is
+learned, or all of it.
+
+One phase is `config.learning.steps_per_phase` optimizer steps:
+    1. take the next batches of rows; the order is a function of (seed, phase)
+    2. L = −Σ_t m_t log π(y_t | y_<t) / Σ_t m_t over the whole batch, or DFT's
+    3. one optimizer step a batch; dropout and NEFTune's noise only here
 
 Held-out figures are the loss in nats a token, and texts that the model continues from
 the held-out prompts.
@@ -13,18 +17,29 @@ References:
     Ouyang et al. 2022, section 3.5, https://arxiv.org/abs/2203.02155
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import losses, progress, sharding
-from rlhf_jax.data.sequences import encode_sequences
-from rlhf_jax.data.texts import load_texts
+from rlhf_jax.data.cleaning import Cleaning
+from rlhf_jax.data.packing import (
+    Rows,
+    encode_completions,
+    length_batches,
+    pack_rows,
+    pad_rows,
+)
+from rlhf_jax.data.rows import Completion
+from rlhf_jax.data.texts import load_completions, load_texts
+from rlhf_jax.data.tokenizer import special_tokens
+from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.trainers import common, keys, loading, offline, online
@@ -46,44 +61,53 @@ PANELS = (
     Panel("Learning rate", "", {"": "optimizer/lr"}),
 )
 
-
-class Texts(NamedTuple):
-    """Right-padded rows that end with EOS."""
-
-    tokens: np.ndarray  # [N, T] int32
-    mask: np.ndarray  # [N, T] bool
+LOSSES = ("nll", "dft")
+RANGES = {
+    "learning.accumulation": (1, math.inf),
+    "learning.label_smoothing": (0, 1),
+    "neftune_alpha": (0, math.inf),
+    "sequence_tokens": (2, math.inf),
+    "logprob_chunk": (0, math.inf),
+}
 
 
 def loss_sums(
     model: Model,
     config: ConfigDict,
     params: Any,
-    texts: Texts,
+    rows: Rows,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(Σ −log π, count) over the predicted tokens of a batch [B, T]."""
-    tokens, mask = texts
-    hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)
+    """(Σ −log π, count) over the learned tokens of a batch [B, T]."""
+    tokens, segments, learned = rows
+    hidden = model.apply(params, tokens, segments, dropout_key=dropout_key)
     logprobs, _ = losses.token_logprobs(
         hidden[:, :-1],
         model.unembedding(params),
         tokens[:, 1:],
-        mask[:, 1:],
+        learned[:, 1:],
         temperature=1.0,
         chunk_size=config.logprob_chunk or None,
         logit_softcap=model.config.logit_softcap,
+        label_smoothing=config.learning.label_smoothing,
         batch_shards=sharding.batch_shards(),
     )
-    return losses.next_token_loss(logprobs, mask[:, 1:])
+    loss = {"nll": losses.next_token_loss, "dft": losses.dft}[config.learning.loss]
+    return loss(logprobs, learned[:, 1:])
+
+
+def count_learned(rows: Rows) -> jax.Array:
+    """How many tokens a batch's loss is the mean over."""
+    return jnp.maximum(rows.learned[:, 1:].sum(), 1)
 
 
 def make_loss(model: Model, config: ConfigDict) -> offline.Loss:
-    """Builds the training loss: the mean over the real tokens of the whole batch."""
+    """Builds the training loss: the mean over the learned tokens of the whole batch."""
+    noisy = bool(model.config.dropout or model.config.neftune_alpha)
 
-    def loss(params, texts: Texts, key):
-        key = key if model.config.dropout else None
-        total, count = loss_sums(model, config, params, texts, key)
-        mean = total / jnp.maximum(count, 1)
+    def loss(params, rows: Rows, key, count):
+        total, _ = loss_sums(model, config, params, rows, key if noisy else None)
+        mean = total / count
         return mean, {"loss": mean}
 
     return loss
@@ -93,16 +117,18 @@ def make_evaluate(
     model: Model,
     config: ConfigDict,
     mesh: Mesh,
-    heldout: Texts,
+    heldout: Rows,
     sample: Callable,
     prompts: Sequence[str],
 ) -> Callable:
     """Builds `evaluate(state) -> (metrics, rows)`: held-out loss, and sample texts."""
+    plain = ConfigDict(config.to_dict())  # the same figure, whatever is minimised
+    plain.learning.update({"loss": "nll", "label_smoothing": 0.0})
 
     @jax.jit
-    def sums(params, texts: Texts, valid):
-        kept = texts._replace(mask=texts.mask & valid[:, None])
-        return {"loss": loss_sums(model, config, params, kept)}
+    def sums(params, rows: Rows, valid):
+        kept = rows._replace(learned=rows.learned & valid[:, None])
+        return {"loss": loss_sums(model, plain, params, kept)}
 
     key = keys.branch_key(config.seed, keys.HELDOUT, 0)
     spare = -len(prompts) % sharding.batch_shards()
@@ -120,18 +146,85 @@ def make_evaluate(
     return evaluate
 
 
+def load_data(
+    config: ConfigDict, tokenizer: Any, console: Any
+) -> tuple[list[Completion], list[Completion]]:
+    """Training and held-out completions; none of the one is in the other."""
+    cleaning = Cleaning(
+        min_characters=config.data.min_characters, max_tokens=config.sequence_tokens
+    )
+
+    def load(split, **apart):
+        rows, counts = load_completions(
+            config.data.source,
+            split=split,
+            tokenizer=tokenizer,
+            cleaning=cleaning._replace(**apart),
+            domains=config.data.domains,
+        )
+        progress.show_counts(console, f"{config.data.source}, {split}", counts)
+        return rows
+
+    heldout = load("validation")
+    return load("train", apart_from=tuple(heldout)), heldout
+
+
+def validate(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a `UserError` for settings that cannot work together."""
+    sharding.check_batch("config.learning.batch", config.learning.batch, mesh)
+    common.check_ranges(config, RANGES)
+    if config.learning.loss not in LOSSES:
+        raise UserError(
+            f"config.learning.loss={config.learning.loss!r} is unknown; take one of "
+            + ", ".join(LOSSES)
+        )
+    if config.learning.packing and config.learning.buckets:
+        raise UserError(
+            "config.learning.packing and config.learning.buckets are two ways to save "
+            "padding: turn one of them off"
+        )
+
+
+def make_phase(
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    rows: Rows,
+) -> Callable:
+    """Builds `run_phase(state, phase) -> (state, metrics, [])`: steps 1 to 3."""
+    learning, cut = config.learning, None
+    if learning.buckets:
+
+        def cut(order, phase):
+            return length_batches(
+                rows,
+                order,
+                batch=learning.batch,
+                widths=learning.buckets,
+                seed=config.seed + phase,
+            )
+
+    loss = make_loss(model, config)
+    micro_batches = {"accumulation": learning.accumulation, "counts": count_learned}
+    return offline.make_phase(
+        config, mesh, loss, optimizer, rows, cut=cut, **micro_batches
+    )
+
+
 def run(config: ConfigDict) -> None:
     """Trains a language model in `config.workdir`, or goes on where it stopped."""
     console = progress.make_console()
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch("config.learning.batch", config.learning.batch, mesh)
+    validate(config, mesh)
     files = common.open_workdir(config)
     with jax.set_mesh(mesh):
-        train, heldout = (
-            load_texts(config.data.source, split=split, domains=config.data.domains)
-            for split in ("train", "validation")
-        )
-        tokenizer = loading.load_run_tokenizer(config, console, train)
+        texts = ()
+        if config.tokenizer == "train":
+            source, domains = config.data.source, config.data.domains
+            texts = load_texts(source, split="train", domains=domains)
+        tokenizer = loading.load_run_tokenizer(config, console, texts)
+        train, heldout = load_data(config, tokenizer, console)
         loaded = loading.load_model(config.model, config, mesh)
         sample = online.make_sampler(config, loaded.model, tokenizer, mesh)
         _, prompts = online.load_both(
@@ -140,17 +233,22 @@ def run(config: ConfigDict) -> None:
         state, optimizer = offline.make_state(config, loaded.params, mesh)
         common.print_plan(console, config, mesh, {"policy": state.policy})
 
-        def encode(texts):
-            length = config.sequence_tokens
-            return Texts(
-                *encode_sequences(tokenizer, texts, length=length, keep_end=False)
+        def rows_of(completions, lay_out):
+            encoded = encode_completions(
+                tokenizer,
+                completions,
+                length=config.sequence_tokens,
+                completion_only=config.learning.completion_only,
             )
+            pad = special_tokens(tokenizer).pad
+            return lay_out(encoded, length=config.sequence_tokens, pad=pad)
 
-        loss = make_loss(loaded.model, config)
+        rows = rows_of(train, pack_rows if config.learning.packing else pad_rows)
         hooks = common.Hooks(
-            run_phase=offline.make_phase(config, mesh, loss, optimizer, encode(train)),
+            run_phase=make_phase(config, mesh, loaded.model, optimizer, rows),
             evaluate=make_evaluate(
-                loaded.model, config, mesh, encode(heldout), sample, prompts.texts
+                *(loaded.model, config, mesh, rows_of(heldout, pad_rows)),
+                *(sample, prompts.texts),
             ),
             fields=FIELDS,
             panels=PANELS,

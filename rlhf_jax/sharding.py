@@ -46,6 +46,16 @@ RULES = (
     (r"layers/mlp/(gate|up)/bias", ("layers", "mlp")),
     (r"layers/mlp/down/kernel", ("layers", "mlp", "embed")),
     (r"layers/(attention/out|mlp/down)/bias", ("layers", None)),
+    # Low-rank adapters: A [in, r], B [r, out].
+    (
+        r"layers/(attention/(query|key|value)|mlp/(gate|up))/lora_a",
+        ("layers", "embed", None),
+    ),
+    (r"layers/attention/(query|key|value)/lora_b", ("layers", None, "heads")),
+    (r"layers/mlp/(gate|up)/lora_b", ("layers", None, "mlp")),
+    (r"layers/attention/out/lora_a", ("layers", "heads", None)),
+    (r"layers/mlp/down/lora_a", ("layers", "mlp", None)),
+    (r"layers/(attention/out|mlp/down)/lora_b", ("layers", None, "embed")),
     (r"final_norm/(scale|bias)", (None,)),
     (r"unembed/kernel", ("vocab", "embed")),
     (r"score/kernel", ("embed", None)),

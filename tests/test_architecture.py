@@ -13,7 +13,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / PACKAGE
 
 LAYERS = [
     {"losses", "errors"},
-    {"models", "sharding", "hosts"},
+    {"models", "sharding", "hosts", "trees"},
     {"data", "checkpoint", "metrics", "monitor", "plots", "progress", "run_files"},
     {"rollout", "rewards"},
     {"evaluation", "analysis"},

@@ -73,6 +73,8 @@ class TransformerConfig:
         neftune_alpha: noise on the embedding, where a dropout key is given: uniform in
             ±alpha/sqrt(T·D) for a text of T tokens. Jain et al. 2023,
             https://arxiv.org/abs/2310.05914
+        lora_scale: α/r, the factor on what an adapter adds to a linear layer.
+        lora_dropout: rate on the adapter's input, where a dropout key is given.
         init_std: standard deviation of fresh weights.
     """
 
@@ -109,6 +111,8 @@ class TransformerConfig:
     sliding_layers: tuple[bool, ...] | None = None
     dropout: float = 0.0
     neftune_alpha: float = 0.0
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
     init_std: float = 0.02
 
     def __post_init__(self):

@@ -19,6 +19,9 @@ from rlhf_jax.models.config import TransformerConfig
 # turning into nan.
 MASKED_SCORE = -1e30
 
+# All linear layers of a block; an adapter may be on any of them.
+LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": nn.gelu,
@@ -157,21 +160,40 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+def fold(key: jax.Array | None, name: str) -> jax.Array | None:
+    """The key of one linear layer of a block, none if there is none."""
+    return None if key is None else jax.random.fold_in(key, 2 + LINEARS.index(name))
+
+
 class Linear(nn.Module):
-    """x @ kernel + bias, over the last axis."""
+    """x @ kernel + bias, over the last axis, and an adapter's part where there is one.
+
+    Attributes:
+        features: `out`.
+        use_bias: whether there is a bias.
+        init_std: standard deviation of a fresh kernel.
+        config: of a model that may have an adapter: its `lora_scale`, `lora_dropout`.
+    """
 
     features: int
     use_bias: bool
     init_std: float
+    config: TransformerConfig | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout_key=None):
         """[..., in] -> [..., features] in x's dtype."""
         shape = (x.shape[-1], self.features)
         y = dot(x, self.param("kernel", nn.initializers.normal(self.init_std), shape))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias, y)
+        if self.has_variable("params", "lora_a"):
+            # Low-rank adaptation, https://arxiv.org/abs/2106.09685, equation 3.
+            dropped = dropout(x, self.config.lora_dropout, dropout_key)
+            inner = dot(dropped, self.get_variable("params", "lora_a")).astype(x.dtype)
+            update = dot(inner, self.get_variable("params", "lora_b"))
+            y = y + self.config.lora_scale * update
         return y.astype(x.dtype)
 
 
@@ -239,7 +261,7 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, context: Context, cached=None, slot=None):
+    def __call__(self, x, context: Context, cached=None, slot=None, dropout_key=None):
         """Mix tokens.
 
         Args:
@@ -248,6 +270,7 @@ class Attention(nn.Module):
             cached: (key, value), each [B, K, S, h], to be written at `slot` and
                 attended to; None attends to this call's tokens.
             slot: int, where in the cache this call's tokens go.
+            dropout_key: of an adapter's dropout.
 
         Returns:
             [B, T, D], and (key, value): the updated cache, or [B, K, T, h] without one.
@@ -257,8 +280,8 @@ class Attention(nn.Module):
         K, h = c.num_kv_heads, c.head_dim
 
         def project(name, heads):
-            linear = Linear(heads * h, c.qkv_bias, c.init_std, name=name)
-            return linear(x).reshape(B, T, heads, h)
+            linear = Linear(heads * h, c.qkv_bias, c.init_std, c, name=name)
+            return linear(x, fold(dropout_key, name)).reshape(B, T, heads, h)
 
         query = project("query", c.num_heads)
         key, value = project("key", K), project("value", K)
@@ -281,8 +304,8 @@ class Attention(nn.Module):
         mixed = mixed.reshape(B, c.num_heads, T, h).swapaxes(1, 2)
         mixed = mixed.reshape(B, T, c.num_heads * h)
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
-        out = Linear(c.d_model, c.attention_out_bias, out_std, name="out")(mixed)
-        return out, (key, value)
+        out = Linear(c.d_model, c.attention_out_bias, out_std, c, name="out")
+        return out(mixed, fold(dropout_key, "out")), (key, value)
 
 
 class MLP(nn.Module):
@@ -291,19 +314,24 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout_key=None):
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         activation = ACTIVATIONS[c.activation]
-        up = Linear(c.d_ff, c.mlp_bias, c.init_std, name="up")(x)
+
+        def project(x, name, features, std):
+            linear = Linear(features, c.mlp_bias, std, c, name=name)
+            return linear(x, fold(dropout_key, name))
+
+        up = project(x, "up", c.d_ff, c.init_std)
         if c.gated_mlp:
-            gate = Linear(c.d_ff, c.mlp_bias, c.init_std, name="gate")(x)
+            gate = project(x, "gate", c.d_ff, c.init_std)
             inner = activation(gate) * up
         else:
             inner = activation(up)
         # Each branch adds to the residual stream 2L times: keep its variance near 1.
         down_std = c.init_std / math.sqrt(2 * c.num_layers)
-        return Linear(c.d_model, c.mlp_bias, down_std, name="down")(inner)
+        return project(inner, "down", c.d_model, down_std)
 
 
 class Block(nn.Module):
@@ -325,11 +353,13 @@ class Block(nn.Module):
             return dropout(branch, c.dropout, jax.random.fold_in(dropout_key, index))
 
         attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
-        mixed, cached = attention(norm("attention_norm")(x), context, cached, slot)
+        mixed, cached = attention(
+            norm("attention_norm")(x), context, cached, slot, dropout_key
+        )
         if c.post_norms:
             mixed = norm("post_attention_norm")(mixed)
         after = x + drop(mixed, 0)
-        fed = mlp(norm("mlp_norm")(x if c.parallel_residual else after))
+        fed = mlp(norm("mlp_norm")(x if c.parallel_residual else after), dropout_key)
         if c.post_norms:
             fed = norm("post_mlp_norm")(fed)
         return after + drop(fed, 1), cached

@@ -234,7 +234,8 @@ def unstack(config: TransformerConfig, dtype: jnp.dtype, params: Params) -> Para
     """
 
     def cast(path, leaf):
-        is_matrix = path[-1].key in ("kernel", "tokens", "positions")
+        matrices = ("kernel", "lora_a", "lora_b", "tokens", "positions")
+        is_matrix = path[-1].key in matrices
         return leaf.astype(dtype) if is_matrix and path[0].key != "score" else leaf
 
     params = jax.tree_util.tree_map_with_path(cast, params)

@@ -29,25 +29,28 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def reference_logprobs(
-    path: pathlib.Path,
     score: Callable[[Any, Any], jax.Array],
     params: Any,
+    split: str,
     rows: Any,
     *,
+    folder: pathlib.Path,
     settings: Mapping[str, Any],
     batch: int,
     mesh: Mesh,
     console: Console,
 ) -> np.ndarray:
-    """`score(params, rows)` of all rows, from `path` if the same was asked before.
+    """`score(params, rows)` of all rows, from `folder` if the same was asked before.
 
-    Only process 0 reads and writes the file; every host ends with its array.
+    A file holds the array and a key of what it came from. Only process 0 reads and
+    writes it; every host ends with the same array.
 
     Args:
-      path: an .npz file with the array and the key of what it came from.
       score: a compiled function (params, [batch, ...] rows) -> [batch, ...] float32.
       params: the reference's weights.
+      split: names the file.
       rows: a pytree of NumPy arrays [N, ...], on every host.
+      folder: where the file is.
       settings: whatever else the numbers depend on, JSON values.
       batch: rows a call; the last call is filled up.
       mesh: where the arrays live.
@@ -56,15 +59,20 @@ def reference_logprobs(
     Returns:
       float32 [N, ...].
     """
-    key = _key(params, rows, settings, mesh)
-    shape = jax.eval_shape(score, params, rows).shape
+    path = folder / f"{split}.npz"
+    key = _key(params, rows, settings)
+    count = len(jax.tree.leaves(rows)[0])
+    some = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), rows
+    )
+    shape = (count, *jax.eval_shape(score, params, some).shape[1:])
     found = _shared(_read(path, key, shape), shape)
     if found is not None:
         progress.say(console, f"reference log-probabilities: read from {path}")
         return found
-    found = _compute(score, params, rows, batch, mesh, console)
+    found = _compute(score, params, split, rows, batch, mesh, console)
     if jax.process_index() == 0:
-        path.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         with beside.open("wb") as file:
             np.savez(file, key=key, logprobs=found)
@@ -97,11 +105,11 @@ def fingerprint(params: Any) -> jax.Array:
     return jnp.stack([sums(leaf) for leaf in jax.tree.leaves(params)])
 
 
-def _key(params: Any, rows: Any, settings: Mapping[str, Any], mesh: Mesh) -> str:
+def _key(params: Any, rows: Any, settings: Mapping[str, Any]) -> str:
     """A hash of everything that the log-probabilities depend on."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    on_all = jax.device_put(fingerprint(params), sharding.replicated(mesh))
-    for array in (jax.device_get(on_all), *jax.tree.leaves(rows)):
+    weights = sharding.to_host(fingerprint(params))
+    for array in (weights, *jax.tree.leaves(rows)):
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -112,7 +120,7 @@ def _read(path: pathlib.Path, key: str, shape: tuple[int, ...]) -> np.ndarray | 
     if jax.process_index() != 0 or not path.exists():
         return None
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             same = str(saved["key"]) == key and saved["logprobs"].shape == shape
             return saved["logprobs"] if same else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -129,7 +137,7 @@ def _shared(found: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | No
     return np.asarray(send(np.zeros(shape, np.float32) if found is None else found))
 
 
-def _compute(score, params, rows, batch, mesh, console) -> np.ndarray:
+def _compute(score, params, split, rows, batch, mesh, console) -> np.ndarray:
     count = len(jax.tree.leaves(rows)[0])
     parts, started = [], time.monotonic()
     told = started
@@ -141,7 +149,7 @@ def _compute(score, params, rows, batch, mesh, console) -> np.ndarray:
         now, done = time.monotonic(), min(first + batch, count)
         if done == count or now - told > SECONDS_BETWEEN_LINES:
             left = (now - started) * (count - done) / done
-            text = f"reference log-probabilities: {done:,}/{count:,} rows"
+            text = f"reference log-probabilities: {done:,}/{count:,} {split} rows"
             progress.say(console, text + (f", {left:.0f} s left" if left else ""))
             told = now
     return np.concatenate(parts)[:count]

@@ -1,0 +1,426 @@
+"""DPO: TRL's steps, micro-batches, what it reports, and whole runs in a tiny world."""
+
+import functools
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from safetensors.numpy import save_file
+
+from configs.dpo import get_config
+from rlhf_jax import run_files, sharding
+from rlhf_jax.data import reviews
+from rlhf_jax.data.pairs import encode_pairs
+from rlhf_jax.data.preferences import Pair
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.pretrained import load_pretrained
+from rlhf_jax.trainers import dpo, loading, offline
+
+from .test_runs import (
+    assert_same_run,
+    check_learns_and_resumes,
+    made_up_reviews,
+    metrics_of,
+)
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
+SOURCE = FIXTURES / "families" / "llama"
+CASES = ("sigmoid", "mix", "weighted")
+
+pytestmark = pytest.mark.usefixtures("run")  # which makes XLA quick
+
+
+@functools.cache
+def saved() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / "dpo_step.npz") as arrays:
+        return dict(arrays)
+
+
+def make_config(case="sigmoid", **changes):
+    """The fixture's settings of a case, and `changes` with `__` in place of dots."""
+    config = get_config()
+    config.model = str(SOURCE)
+    settings = json.loads(str(saved()["settings"]))
+    settings |= json.loads(str(saved()["cases"]))[case]
+    return change(
+        config, settings | {n.replace("__", "."): v for n, v in changes.items()}
+    )
+
+
+def change(config, settings):
+    settings = dict(settings)
+    config.dpo.loss_types.update(settings.pop("dpo.loss_types", {}))
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:1],
+    )
+
+
+def trl_batch():
+    """TRL's batch as ours: its chosen rows come first, then the rejected ones."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    tokens, mask, response = (
+        np.stack(np.split(saved()[name], 2), axis=1) for name in names
+    )
+    zeros = np.zeros((len(tokens), 2), np.float32)
+    return dpo.Pairs(tokens, mask.astype(bool), response.astype(bool), zeros)
+
+
+def make_setup(config, mesh):
+    """The loaded policy, and the batch with the reference's log-probabilities."""
+    policy = loading.load_model(config.model, config, mesh)
+    reference = jax.tree.map(jnp.copy, policy.params)
+    reference["unembed"]["kernel"] *= saved()["unembedding_scale"]
+    score = jax.jit(functools.partial(dpo.response_logprobs, policy.model, config))
+    pairs = sharding.to_devices(trl_batch(), sharding.rows(mesh))
+    return policy, pairs._replace(ref_logprobs=score(reference, pairs).logprobs.T)
+
+
+def take_steps(config, mesh, steps=2):
+    """The metrics of each step on the fixture's batch, and the weights in the end."""
+    with jax.set_mesh(mesh):
+        policy, pairs = make_setup(config, mesh)
+        state, optimizer = offline.make_state(config, policy.params, mesh)
+        update = offline.make_update(
+            dpo.make_loss(policy.model, config),
+            optimizer,
+            accumulation=config.learning.accumulation,
+            counts=dpo.count,
+        )
+        batches = jax.tree.map(lambda x: x[None], pairs)
+        metrics = []
+        for step in range(steps):
+            state, found = update(state, batches, jax.random.key(step))
+            metrics.append({k: float(v) for k, v in found.items()})
+    return metrics, jax.device_get(state.policy)
+
+
+def trl_weights(case, mesh):
+    """TRL's weights after its steps, through the loader."""
+    prefix = f"{case}/weights/"
+    weights = {
+        name.removeprefix(prefix): x
+        for name, x in saved().items()
+        if name.startswith(prefix)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, f"{folder}/model.safetensors")
+        config = (SOURCE / "config.json").read_text("utf-8")
+        pathlib.Path(folder, "config.json").write_text(config, "utf-8")
+        return jax.device_get(load_pretrained(folder, mesh=mesh).params)
+
+
+# the step, against TRL
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_of_trl(case, accumulation):
+    """The same losses, and the same weights after Adam's second step."""
+    mesh = one_device()
+    config = make_config(case, learning__accumulation=accumulation)
+    metrics, params = take_steps(config, mesh)
+    losses = [step["loss"] for step in metrics]
+    np.testing.assert_allclose(losses, saved()[f"{case}/losses"], rtol=1e-5)
+    expected = trl_weights(case, mesh)
+    before = jax.device_get(load_pretrained(SOURCE, mesh=mesh).params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4),
+        params,
+        expected,
+    )
+
+
+def test_the_encoding_of_trl():
+    """Its own tokens of the same texts, in any order of the rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(json.loads(str(saved()["words"])))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
+    texts = json.loads(str(saved()["texts"]))
+    pairs = [Pair(**row, probability=1.0, domain="") for row in texts]
+    theirs = trl_batch()
+    ours = encode_pairs(tokenizer, pairs, length=theirs.tokens.shape[2])
+    rows = lambda x: sorted(zip(*(y.tolist() for y in x[:3])))
+    assert rows(ours) == rows(theirs)
+
+
+# micro-batches and meshes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_micro_batches_are_the_whole_batch(case):
+    """Responses differ in length, so that a mean of means would not do."""
+    # With Adam's own eps a gradient of zero is as large a step as any other.
+    plain = {"optimizer__eps": 1.0, "optimizer__lr": 1.0}
+    whole, expected = take_steps(make_config(case, **plain), one_device(), steps=1)
+    config = make_config(case, **plain, learning__accumulation=4)
+    parts, params = take_steps(config, one_device(), steps=1)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-6)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
+        params,
+        expected,
+    )
+
+
+# what is measured
+
+
+def measured(config):
+    with jax.set_mesh(one_device()):
+        policy, pairs = make_setup(config, one_device())
+        score = functools.partial(dpo.response_logprobs, policy.model, config)
+        loss = dpo.make_loss(policy.model, config)
+        _, metrics = jax.jit(loss)(policy.params, pairs, None, dpo.count(pairs))
+        return jax.device_get((pairs, jax.jit(score)(policy.params, pairs), metrics))
+
+
+def test_rewards_and_log_probabilities_by_numpy():
+    pairs, scored, metrics = measured(make_config())
+    w, l = scored.logprobs  # noqa: E741
+    rewards = 0.3 * (scored.logprobs - pairs.ref_logprobs.T)
+    tokens = pairs.response.sum(axis=(0, 2))
+    expected = {
+        "loss": np.mean(np.log1p(np.exp(rewards[1] - rewards[0]))),
+        "rewards/chosen": rewards[0].mean(),
+        "rewards/rejected": rewards[1].mean(),
+        "rewards/margin": (rewards[0] - rewards[1]).mean(),
+        "rewards/accuracy": (rewards[0] > rewards[1]).mean(),
+        "logps/chosen": w.mean(),
+        "logps/rejected": l.mean(),
+        "logps/chosen_token": w.sum() / tokens[0],
+        "logps/rejected_token": l.sum() / tokens[1],
+    }
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_response_alone_has_the_log_probability_it_has_in_the_batch():
+    """Neither the prompt's tokens nor padding nor the other side are in it."""
+    config, mesh = make_config(), one_device()
+    with jax.set_mesh(mesh):
+        policy, pairs = make_setup(config, mesh)
+        model, params = policy.model, policy.params
+        score = jax.jit(functools.partial(dpo.response_logprobs, model, config))
+        found = score(params, pairs).logprobs
+        for row, side in ((0, 0), (1, 1)):
+            real = np.asarray(pairs.mask[row, side])
+            ids = np.asarray(pairs.tokens[row, side])[real][None]
+            hidden = jax.jit(model.apply)(params, ids, np.ones_like(ids, bool))
+            logits = np.asarray(hidden @ model.unembedding(params).T)[0]
+            logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            said = np.flatnonzero(pairs.response[row, side])
+            expected = sum(logprobs[t - 1, ids[0, t]] for t in said)
+            np.testing.assert_allclose(found[side, row], expected, rtol=1e-4)
+
+
+def test_padding_may_hold_anything():
+    config, mesh = make_config(), one_device()
+    with jax.set_mesh(mesh):
+        policy, pairs = make_setup(config, mesh)
+        score = jax.jit(functools.partial(dpo.response_logprobs, policy.model, config))
+        other = pairs._replace(tokens=jnp.where(pairs.mask, pairs.tokens, 77))
+        np.testing.assert_array_equal(
+            score(policy.params, pairs).logprobs, score(policy.params, other).logprobs
+        )
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dpo.loss_type": "sigmoit"}, "config.dpo.loss_type is 'sigmoit', expected"),
+        ({"dpo.beta": 0.0}, "config.dpo.beta is 0.0, expected"),
+        (
+            {"dpo.loss_type": "hinge", "dpo.label_smoothing": 0.1},
+            "config.dpo.label_smoothing is 0.1, expected 0 with loss_type 'hinge'",
+        ),
+        ({"dpo.loss_type": "exo_pair"}, "config.dpo.label_smoothing is 0.0, expected"),
+        (
+            {"dpo.loss_type": "nca_pair", "dpo.divergence": "js"},
+            "config.dpo.divergence is 'js', expected 'reverse_kl' with",
+        ),
+        ({"dpo.divergence": "alpha"}, "config.dpo.alpha is None, expected a number"),
+        ({"dpo.alpha": 0.5}, "config.dpo.alpha is 0.5, expected None"),
+        ({"dpo.tau": 0.05}, "config.dpo.tau is 0.05, expected None with"),
+        ({"dpo.loss_type": "discopop"}, "config.dpo.tau is None, expected a number"),
+        (
+            {"dpo.loss_types": {"bco_pair": 0.5, "hinge": 0.5}, "dpo.tau": 0.1},
+            "config.dpo.tau is 0.1",
+        ),
+        ({"dpo.loss_types": {"hinge": 0.0}}, "config.dpo.loss_types.hinge=0.0 must be"),
+        ({"dpo.loss_type": "aot", "dpo.wpo": True}, "config.dpo.wpo is True, expected"),
+        ({"dpo.ld_alpha": 1.5}, "config.dpo.ld_alpha=1.5 must be in 0..1"),
+        ({"dpo.rpo_alpha": -1.0}, "config.dpo.rpo_alpha=-1.0 must be at least 0"),
+        ({"learning.accumulation": 3}, "config.learning.batch=32 must be a multiple"),
+        (
+            {"dpo.loss_type": "aot", "learning.accumulation": 2},
+            "config.learning.accumulation=2 cannot go with the loss type 'aot'",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, sentence):
+    with pytest.raises(UserError) as caught:
+        dpo.validate(change(get_config(), settings), one_device())
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_goes_to_the_types_of_a_mix_that_have_it():
+    config = get_config()
+    config.dpo.loss_types.update({"sigmoid": 0.8, "bco_pair": 0.2, "discopop": 0.1})
+    config.dpo.update({"label_smoothing": 0.1, "tau": 0.05, "divergence": "js"})
+    dpo.validate(config, one_device())
+    options = {kind: given for kind, (_, given) in dpo.loss_types(config.dpo).items()}
+    js = {"divergence": "js", "alpha": None}
+    assert options == {
+        "sigmoid": {"label_smoothing": 0.1, **js},
+        "bco_pair": {},
+        "discopop": {"tau": 0.05, **js},
+    }
+
+
+# whole runs
+
+
+def dpo_config(world, workdir, **changes):
+    config = get_config()
+    settings = {
+        "workdir": str(workdir),
+        "total_phases": 4,
+        "model": str(world.policy),
+        "sequence_tokens": 24,
+        "learning.batch": 16,
+        "learning.steps_per_phase": 4,
+        "optimizer.lr": 1e-2,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
+        "prompts.train": str(world.prompts),
+        "prompts.heldout": str(world.prompts),
+        "prompts.heldout_limit": 16,
+        "rollout.prompts": 16,
+        "rollout.max_new_tokens": 6,
+        "rewards.human.source": "tests.trainers.reward_functions:letters",
+        "judges.vader.source": "rlhf_jax.rewards.functions:distinct_words",
+        "evaluate_every": 2,
+        "samples_every": 2,
+        "checkpoint.every": 2,
+    }
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return change(config, settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def made_up_pairs(monkeypatch):
+    monkeypatch.setattr(reviews, "load_reviews", made_up_reviews)
+
+
+def test_learns_resumes_and_repeats(world, run, tmp_path, monkeypatch, capsys):
+    make_config = functools.partial(dpo_config, world, learning__accumulation=2)
+    check_learns_and_resumes(run, make_config, tmp_path, monkeypatch, capsys)
+    rows = metrics_of(tmp_path / "straight")
+    first, last = rows[0], rows[-1]
+    assert first["heldout/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first["heldout/rewards/margin"] == pytest.approx(0, abs=1e-5)
+    assert first["heldout/kl"] == 0 < last["heldout/kl"]
+    assert last["heldout/rewards/accuracy"] > 0.8
+    assert last["rewards/margin"] > rows[1]["rewards/margin"]
+    assert {"grad_norm", "optimizer/lr", "logps/chosen_token"} <= last.keys()
+    samples = run_files.read_responses(tmp_path / "straight", 4)
+    assert {row["split"] for row in samples} == {"heldout"} and len(samples) == 16
+    run(make_config(tmp_path / "again"))
+    assert_same_run(tmp_path / "again", tmp_path / "straight")
+
+
+def test_a_resumed_run_reads_the_reference(world, run, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    run(dpo_config(world, workdir, total_phases=1))
+    assert "96/96 train rows" in capsys.readouterr().out
+    kept = {path: path.read_bytes() for path in (workdir / "reference").iterdir()}
+    assert sorted(path.name for path in kept) == ["train.npz", "validation.npz"]
+    run(dpo_config(world, workdir, total_phases=1))
+    assert capsys.readouterr().out.count("read from") == 2
+    assert all(path.read_bytes() == before for path, before in kept.items())
+
+
+def test_eight_devices_and_one_agree(world, run, tmp_path):
+    """After five steps at a learning rate at which rounding does not grow."""
+    calm = {
+        "optimizer__lr": 3e-4,
+        "total_phases": 1,
+        "learning__steps_per_phase": 5,
+        "learning__accumulation": 2,
+        "dpo__rpo_alpha": 0.1,
+    }
+    split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    run(dpo_config(world, tmp_path / "one", **calm))
+    run(dpo_config(world, tmp_path / "eight", **calm, **split), devices=8)
+    rows, expected = metrics_of(tmp_path / "eight"), metrics_of(tmp_path / "one")
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=0, abs=1e-4)
+
+
+def test_without_the_reference_there_is_no_kl_and_no_second_copy(
+    world, run, tmp_path, monkeypatch
+):
+    held = []
+
+    def measure(make_update):
+        def made(*arguments, **options):
+            update = make_update(*arguments, **options)
+
+            def measured(*arguments):
+                held.append(sum(x.nbytes for x in jax.live_arrays()))
+                return update(*arguments)
+
+            return measured
+
+        return made
+
+    monkeypatch.setattr(offline, "make_update", measure(offline.make_update))
+    small = {"total_phases": 1, "learning__steps_per_phase": 1}
+    run(dpo_config(world, tmp_path / "with", **small))
+    run(dpo_config(world, tmp_path / "without", **small, evaluate_kl=False))
+    weights = sum(
+        x.nbytes for x in jax.tree.leaves(load_pretrained(world.policy).params)
+    )
+    assert held[0] - held[1] == pytest.approx(weights, rel=0.05)
+    before, after = metrics_of(tmp_path / "without")
+    assert "heldout/kl" not in before.keys() | after.keys()
+    assert after["heldout/reward_mean"] == pytest.approx(
+        metrics_of(tmp_path / "with")[1]["heldout/reward_mean"], abs=1e-6
+    )
+    assert all(
+        "kl" not in row for row in run_files.read_responses(tmp_path / "without", 1)
+    )
+
+
+def test_reference_free_asks_no_reference(world, run, tmp_path):
+    settings = {"total_phases": 1, "dpo__reference_free": True}
+    run(dpo_config(world, tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "reference").exists()
+    row = metrics_of(tmp_path / "run")[0]
+    assert row["heldout/rewards/chosen"] == pytest.approx(
+        0.1 * row["heldout/logps/chosen"], rel=1e-5
+    )

@@ -1,5 +1,6 @@
 """The values of a column, each checked, with its place in the error if it is wrong."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,19 @@ def fraction(table: Table, row: int, column: str, value: Any) -> float:
     if not 0 <= number <= 1:
         raise wrong_type(table, row, column, "a number from 0 to 1", value)
     return number
+
+
+def number(table: Table, row: int, column: str, value: Any) -> float | None:
+    """A finite number or None; a CSV file holds it as text."""
+    if value in (None, ""):
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise wrong_type(table, row, column, "a number", value)
+    return found
 
 
 def truth(table: Table, row: int, column: str, value: Any) -> bool | None:

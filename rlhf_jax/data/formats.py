@@ -6,7 +6,7 @@
   alpaca                               instruction, output [input]
   dolly                                instruction, response [context]
   preferences, HH-RLHF, UltraFeedback  chosen, rejected [prompt, probability, domain,
-    as pairs                           chosen_safe, rejected_safe]
+    as pairs                           chosen_safe, rejected_safe, margin]
   PKU-SafeRLHF                         prompt, response_0, response_1,
                                        better_response_id or safer_response_id
                                        [is_response_0_safe, is_response_1_safe]

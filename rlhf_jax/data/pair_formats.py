@@ -62,10 +62,12 @@ def _split_hh(
     return dialogues.split_hh(chosen, rejected) or "no shared prompt"
 
 
-def _labels(table: Table) -> Iterator[tuple[float, str, bool | None, bool | None]]:
+def _labels(
+    table: Table,
+) -> Iterator[tuple[float, str, bool | None, bool | None, float | None]]:
     """What else a file of preferences may say of each pair."""
-    names = ("probability", "domain", "chosen_safe", "rejected_safe")
-    for row, (probability, domain, *safe) in enumerate(
+    names = ("probability", "domain", "chosen_safe", "rejected_safe", "margin")
+    for row, (probability, domain, *safe, margin) in enumerate(
         zip(*(cells.optional(table, name) for name in names))
     ):
         yield (
@@ -75,8 +77,9 @@ def _labels(table: Table) -> Iterator[tuple[float, str, bool | None, bool | None
             "" if domain is None else str(domain),
             *(
                 cells.truth(table, row, name, value)
-                for name, value in zip(names[2:], safe)
+                for name, value in zip(names[2:4], safe)
             ),
+            cells.number(table, row, names[4], margin),
         )
 
 

@@ -22,6 +22,7 @@ class Pair(NamedTuple):
     domain: str = ""
     chosen_safe: bool | None = None  # for cost models; None where nobody said
     rejected_safe: bool | None = None
+    margin: float | None = None  # by how much chosen is better; None where nobody said
 
 
 class Dropped(NamedTuple):

@@ -52,8 +52,9 @@ def table(tmp_path, *rows):
                 "domain": "news",
                 "chosen_safe": True,
                 "rejected_safe": None,
+                "margin": 2,
             },
-            Pair("Why?", "So.", "No.", 0.75, "news", True, None),
+            Pair("Why?", "So.", "No.", 0.75, "news", True, None, 2.0),
         ),
         # UltraFeedback as pairs: both sides hold the question
         (
@@ -177,6 +178,10 @@ def test_ultrafeedback_takes_the_best_and_the_worst(tmp_path):
         (
             {"chosen": "x", "rejected": "y", "probability": 1.5},
             "'probability' should be a number from 0 to 1, not 1.5",
+        ),
+        (
+            {"chosen": "x", "rejected": "y", "margin": "wide"},
+            "'margin' should be a number, not 'wide'",
         ),
         (
             {"chosen": "x", "rejected": "y", "chosen_safe": "maybe"},

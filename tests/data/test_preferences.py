@@ -93,8 +93,8 @@ def test_random_pairs_put_the_higher_rated_first():
     rows = some_rows(20)
     of = {(row.domain, row.text): row for row in rows}
     for pair in random_pairs(rows, rounds=4, seed=3):
-        prompt, chosen, rejected, probability, domain, *safe = pair
-        assert safe == [None, None]
+        prompt, chosen, rejected, probability, domain, *others = pair
+        assert others == [None, None, None]
         high, low = of[domain, chosen], of[domain, rejected]
         assert prompt == "" and high.rating >= low.rating
         assert probability == preference(high.ratings, low.ratings)

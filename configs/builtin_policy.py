@@ -47,6 +47,14 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
+            # rank 0: off. Else all but the adapter is frozen, and is the reference.
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+            },
+            "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "neftune_alpha": 0.0,
             "data": {

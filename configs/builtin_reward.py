@@ -28,17 +28,31 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
+            # rank 0: off. Else all but the adapter is frozen, and is the reference.
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+            },
+            "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "source": "builtin:reviews",
                 "domains": ("movie", "product"),
                 "rounds": 6,  # random comparisons of each sentence, besides the pairs
+                "train_split": "train",
+                "heldout_split": "validation",
+                "preference": "better",
+                "min_characters": 0,
             },
             "sequence_tokens": 48,
             "learning": {
                 "batch": 32,
                 "steps_per_phase": 50,
+                "accumulation": 1,
                 "soft_labels": True,
+                "margin": "",
                 "centering": 0.01,
             },
             "optimizer": {

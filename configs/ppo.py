@@ -31,6 +31,14 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # or "bfloat16": of the computation, not the masters
             "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
+            # rank 0: off. Else all but the adapter is frozen, and is the reference.
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+            },
+            "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
             "data": {
                 "train": "builtin",  # or a file, a hub's data set, "tfds:..."

@@ -12,7 +12,7 @@ are a flag away; chat messages are written by the tokenizer's template:
 EXPECT
 
 Completion-only loss is that of Ouyang et al. 2022, section 3.5,
-https://arxiv.org/abs/2203.02155; NEFTune is of https://arxiv.org/abs/2310.05914, and the
+https://arxiv.org/abs/2203.02155; NEFTune is of https://arxiv.org/abs/2310.05914, the
 loss "dft" of https://arxiv.org/abs/2508.05629.
 """
 
@@ -33,6 +33,14 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "export_dtype": "float32",
             "remat": True,
+            # rank 0: off. Else all but the adapter is frozen, and is the reference.
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+            },
+            "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "source": "builtin:reviews",  # or a file, a hub's data set, "tfds:..."

@@ -23,14 +23,14 @@ def split(tree: Any, chosen: Callable[[tuple], bool]) -> tuple[Any, Any]:
     return taken, left
 
 
-def join(one: Any, other: Any) -> Any:
-    """Two trees of nested dicts that share no leaf, as one.
+def join(one: Any, other: Any | None) -> Any:
+    """Two trees of nested dicts that share no leaf, as one; None is an empty one.
 
     Raises:
       ValueError: both have a leaf at the same place.
     """
     joined = dict(one)
-    for key, value in other.items():
+    for key, value in (other or {}).items():
         if key not in joined:
             joined[key] = value
         elif isinstance(value, dict) and isinstance(joined[key], dict):

@@ -48,10 +48,11 @@ from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler
-from rlhf_jax.trainers import common, informative, keys, loading, online
+from rlhf_jax.trainers import common, informative, keys, loading, online, trainable
 from rlhf_jax.trainers.grpo_settings import notes, validate
 from rlhf_jax.trainers.minibatches import make_learn, minibatch_order
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+from rlhf_jax.trees import join
 
 GROUP_PANEL = Panel(
     "Groups whose rewards differ", "fraction", {"": "groups/informative"}
@@ -179,7 +180,7 @@ def make_aggregate(config: ConfigDict) -> Callable:
     """The variant's mean: (loss [B, N], mask) -> (sum, count)."""
     grpo = config.grpo
     return functools.partial(
-        losses.aggregate,
+        losses.aggregation.aggregate,
         mode=grpo.aggregation or policy_variants.variant(grpo.variant).aggregation,
         max_length=config.rollout.max_new_tokens,
     )
@@ -204,7 +205,7 @@ def make_counts(config: ConfigDict) -> Callable[[Experience], Counts]:
 
 
 def make_loss(model: Model, config: ConfigDict) -> Callable:
-    """Builds `loss(policy, rows, counts) -> (loss, sums)` of one micro-batch (step 4).
+    """Builds `loss(policy, rows, counts, frozen)` of one micro-batch (step 4).
 
     The losses of a minibatch's micro-batches add up to that of the minibatch, but for
     "bnpo", which is a mean of means.
@@ -214,9 +215,9 @@ def make_loss(model: Model, config: ConfigDict) -> Callable:
     surrogate, aggregate = make_surrogate(config), make_aggregate(config)
     local_counts = make_counts(config)
 
-    def loss(policy, rows: Experience, counts: Counts):
+    def loss(policy, rows: Experience, counts: Counts, frozen):
         mask = rows.mask
-        learner = policy_logprobs(policy, rows.transcript)
+        learner = policy_logprobs(join(policy, frozen), rows.transcript)
         policy_loss, told = surrogate(
             learner.logprobs, rows.old_logprobs, rows.advantages, mask
         )
@@ -252,7 +253,7 @@ def make_loss(model: Model, config: ConfigDict) -> Callable:
 def make_update(
     model: Model, config: ConfigDict, optimizer: optax.GradientTransformation
 ) -> Callable:
-    """Builds `update(state, experience, order) -> (state, metrics)` (step 4).
+    """Builds `update(state, experience, order, frozen) -> (state, metrics)` (step 4).
 
     `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
     epochs. The state is donated.
@@ -266,9 +267,9 @@ def make_update(
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, experience: Experience, order: jax.Array):
+    def update(state: State, experience: Experience, order: jax.Array, frozen=None):
         policy, opt_state, metrics = learn(
-            state.policy, state.opt_state, experience, order
+            state.policy, state.opt_state, experience, order, frozen
         )
         lr = {"optimizer/lr": learning_rate(opt_state)}
         return State(policy, opt_state), metrics | lr
@@ -285,6 +286,7 @@ def make_phase(
     rewards: Sequence[Reward],
     prompts: Prompts,
     reference: Any,
+    frozen: Any | None,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 4."""
     collect = informative.make_collect(config, mesh, sample, rewards, prompts)
@@ -294,14 +296,15 @@ def make_phase(
 
     def run_phase(state: State, phase: int):
         jax.block_until_ready(state)  # the last update is not this rollout's time
-        collected, kept, drawn = collect(state.policy, phase)
+        policy = join(state.policy, frozen)
+        collected, kept, drawn = collect(policy, phase)
         _, _, transcript, samples = collected.rollout
         experience, metrics = assess(
-            state.policy, reference, transcript, samples, collected.scores, kept
+            policy, reference, transcript, samples, collected.scores, kept
         )
         key = keys.branch_key(config.seed, keys.ORDER, phase)
         order = minibatch_order(key, batch, grpo.epochs, grpo.minibatches)
-        state, learned = update(state, experience, order)
+        state, learned = update(state, experience, order, frozen)
         rows, measured = online.report(config, collected, experience.sequence_kl)
         counts = {"episodes": phase * batch, "groups/draws": drawn}
         return state, metrics | learned | measured | counts, rows
@@ -327,9 +330,9 @@ def run(config: ConfigDict) -> None:
         )
         steps = config.total_phases * config.grpo.epochs * config.grpo.minibatches
         optimizer = make_optimizer(config.optimizer, config.optimizer.lr, steps)
-        opt_state = loading.init_optimizer(optimizer, policy.params, mesh)
-        reference = loading.copy(policy.params)
-        state = State(policy.params, opt_state)
+        trained, frozen = parts = trainable.cut(config, policy.params, mesh)
+        reference = trainable.reference_of(config, parts)
+        state = State(trained, loading.init_optimizer(optimizer, trained, mesh))
         common.print_plan(console, config, mesh, {"policy": state.policy})
         evaluate = online.make_evaluation(
             config, mesh, policy.model, sample, rewards, heldout
@@ -337,13 +340,15 @@ def run(config: ConfigDict) -> None:
         hooks = common.Hooks(
             run_phase=make_phase(
                 config,
-                *(mesh, policy.model, optimizer, sample, rewards, prompts, reference),
+                *(mesh, policy.model, optimizer, sample, rewards, prompts),
+                *(reference, frozen),
             ),
-            evaluate=lambda state: evaluate(state.policy, reference),
+            evaluate=lambda state: evaluate(join(state.policy, frozen), reference),
             fields=online.FIELDS,
             panels=(*online.PANELS, GROUP_PANEL),
             headline=online.headline(config.judges),
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(config, files, policy, state.policy, tokenizer)
+        whole = trainable.merged(config, join(state.policy, frozen))
+        loading.export(config, files, policy, whole, tokenizer)
         common.close_run(files, console, hooks, f"GRPO: {config.workdir}")

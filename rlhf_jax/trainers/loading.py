@@ -51,8 +51,8 @@ def load_model(
 
     Args:
       source: "builtin", a directory, a hub id; or the config of a model to make.
-      config: the run's; `seed`, `dtype`, `remat` and, if there, `dropout` and
-        `neftune_alpha` are read.
+      config: the run's; `seed`, `dtype`, `remat`, `lora` and, if there, `dropout`
+        and `neftune_alpha` are read.
       mesh: where the weights go.
       head: a scalar head in place of the unembedding, drawn from the seed where the
         checkpoint has none; None takes what the checkpoint has.
@@ -89,8 +89,11 @@ def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
                 f"config.{name}={config[name]!r} is unknown; "
                 f"take one of {', '.join(DTYPES)}"
             )
-    noise = {name: config.get(name, 0.0) for name in ("dropout", "neftune_alpha")}
-    shape = dataclasses.replace(shape, **noise)
+    settings = {name: config.get(name, 0.0) for name in ("dropout", "neftune_alpha")}
+    if config.lora.rank:
+        settings["lora_scale"] = config.lora.alpha / config.lora.rank
+        settings["lora_dropout"] = config.lora.dropout
+    shape = dataclasses.replace(shape, **settings)
     return make_model(shape, dtype=config.dtype, remat=config.remat)
 
 

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 
-# (params, rows, counts) -> (objective, (sums, maxima)): the part of a micro-batch in
-# the minibatch's loss, and metrics that add up, or of which the largest counts.
-Loss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[dict, dict]]]
+# (params, rows, counts, frozen) -> (objective, (sums, maxima)): what a micro-batch adds
+# to the minibatch's loss, and metrics that add up, or of which the largest counts.
+Loss = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[dict, dict]]]
 
 
 def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
@@ -57,7 +57,9 @@ def make_learn(
     counts: Callable[[Any], Any],
     norms: Callable[[Any], dict[str, jax.Array]],
 ) -> Callable:
-    """Builds `learn(params, opt_state, experience, order)`, one step a minibatch.
+    """Builds `learn(params, opt_state, experience, order, frozen)`.
+
+    One optimizer step a minibatch.
 
     Past `learning.target_kl` the remaining minibatches change nothing.
 
@@ -69,19 +71,19 @@ def make_learn(
       norms: gradients -> the metrics of their sizes.
 
     Returns:
-      A pure function: (params, opt_state, experience, order [E, M, R] int32) ->
-      (params, opt_state, metrics).
+      A pure function: (params, opt_state, experience, order [E, M, R] int32, frozen)
+      -> (params, opt_state, metrics); `frozen` is handed to the loss.
     """
     grad_loss = jax.grad(loss, has_aux=True)
 
-    def gradients(params, rows):
+    def gradients(params, rows, frozen):
         whole = counts(rows)
         micro = jax.tree.map(
             lambda x: x.reshape(learning.accumulation, -1, *x.shape[1:]), rows
         )
 
         def add(grads, rows):
-            new, (sums, maxima) = grad_loss(params, rows, whole)
+            new, (sums, maxima) = grad_loss(params, rows, whole, frozen)
             return jax.tree.map(jnp.add, grads, new), (sums, maxima)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -89,9 +91,10 @@ def make_learn(
         metrics = jax.tree.map(jnp.sum, sums) | jax.tree.map(jnp.max, maxima)
         return grads, metrics | norms(grads)
 
-    def step(experience, carry, index):
+    def step(experience, frozen, carry, index):
         params, opt_state, stopped = carry
-        grads, metrics = gradients(params, jax.tree.map(lambda x: x[index], experience))
+        rows = jax.tree.map(lambda x: x[index], experience)
+        grads, metrics = gradients(params, rows, frozen)
         updates, stepped = optimizer.update(grads, opt_state, params)
         moved = optax.apply_updates(params, updates)
         if learning.target_kl:
@@ -102,9 +105,9 @@ def make_learn(
             stepped = jax.tree.map(keep, opt_state, stepped)
         return (moved, stepped, stopped), metrics | {"taken": ~stopped}
 
-    def learn(params, opt_state, experience, order):
+    def learn(params, opt_state, experience, order, frozen):
         (params, opt_state, _), steps = jax.lax.scan(
-            functools.partial(step, experience),
+            functools.partial(step, experience, frozen),
             (params, opt_state, jnp.bool_(False)),
             order.reshape(-1, order.shape[-1]),
         )

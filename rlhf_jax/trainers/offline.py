@@ -22,6 +22,7 @@ from rlhf_jax import sharding
 from rlhf_jax.data.order import phase_rows
 from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+from rlhf_jax.trees import join
 
 # (params, batch, key) -> (loss, metrics); the key is for dropout. With micro-batches,
 # (params, rows, key, counts) -> their part in the loss and the metrics of the batch.
@@ -53,10 +54,11 @@ def make_update(
     accumulation: int = 1,
     counts: Callable[[Any], Any] | None = None,
 ) -> Callable:
-    """Builds `update(state, batches, key) -> (state, metrics)`.
+    """Builds `update(state, batches, key, frozen) -> (state, metrics)`.
 
-    `batches` is a pytree of [S, B, ...], one optimizer step for each of S; the state is
-    donated, and the metrics are means over the steps.
+    `batches` is a pytree of [S, B, ...], one optimizer step for each of S, and `frozen`
+    what of the model is not trained. The state is donated, and the metrics are means
+    over the steps.
 
     Args:
       loss: of a batch; with `counts`, of one of its micro-batches.
@@ -64,17 +66,21 @@ def make_update(
       accumulation: micro-batches of a batch.
       counts: batch -> what the loss divides by, so that the parts add up to the whole.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def gradients(params, batch, key):
+    def loss_of(trained, frozen, *arguments):
+        return loss(join(trained, frozen), *arguments)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+
+    def gradients(params, frozen, batch, key):
         if counts is None:
-            (_, metrics), grads = value_and_grad(params, batch, key)
+            (_, metrics), grads = value_and_grad(params, frozen, batch, key)
             return grads, metrics
         whole = counts(batch)
         micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
 
         def add(grads, rows_and_key):
-            (_, metrics), new = value_and_grad(params, *rows_and_key, whole)
+            (_, metrics), new = value_and_grad(params, frozen, *rows_and_key, whole)
             return jax.tree.map(jnp.add, grads, new), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -84,9 +90,9 @@ def make_update(
         return grads, jax.tree.map(lambda x: x.sum(axis=0), parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, batches, key):
+    def update(state: State, batches, key, frozen=None):
         def step(state, batch_and_key):
-            grads, metrics = gradients(state.policy, *batch_and_key)
+            grads, metrics = gradients(state.policy, frozen, *batch_and_key)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
             policy = optax.apply_updates(state.policy, updates)
             metrics |= {"grad_norm": optax.tree.norm(grads)}
@@ -109,6 +115,7 @@ def make_phase(
     optimizer: optax.GradientTransformation,
     rows: Any,
     *,
+    frozen: Any | None = None,
     cut: Callable[[np.ndarray, int], Sequence[Any]] | None = None,
     **micro_batches: Any,
 ) -> Callable:
@@ -120,6 +127,7 @@ def make_phase(
       loss: of a batch or a micro-batch, see `make_update`.
       optimizer: its update.
       rows: a pytree of NumPy arrays [N, ...], on every host.
+      frozen: what of the model is not trained.
       cut: (the phase's row numbers, phase) -> one batch [B, ...] for each step; None
         takes them in order, in one compiled scan.
       **micro_batches: the `accumulation` and `counts` of `make_update`.
@@ -144,7 +152,7 @@ def make_phase(
             # One scan draws from the phase's key itself, as all runs before did.
             scan_key = jax.random.fold_in(key, number) if cut is not None else key
             batches = sharding.to_devices(batches, layout)
-            state, metrics = update(state, batches, scan_key)
+            state, metrics = update(state, batches, scan_key, frozen)
             found.append(metrics)
         metrics = jax.tree.map(lambda *x: sum(x) / len(x), *found)
         jax.block_until_ready(metrics)

@@ -45,13 +45,14 @@ from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript, response_hidden
 from rlhf_jax.rollout.sampler import Sampler
-from rlhf_jax.trainers import common, keys, loading, online
+from rlhf_jax.trainers import common, keys, loading, online, trainable
 from rlhf_jax.trainers.minibatches import (
     check_minibatches,
     make_learn,
     minibatch_order,
 )
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
+from rlhf_jax.trees import join
 
 RANGES = {
     "ppo.epochs": (1, math.inf),
@@ -117,17 +118,20 @@ def values_of(
 
 
 def make_assess(models: Models, config: ConfigDict) -> Callable:
-    """Builds `assess(state, reference, rollout, scores) -> (Experience, metrics)`.
+    """Builds `assess(state, reference, transcript, samples, scores, frozen)`.
 
     Steps 3 and 4: log-probabilities of policy and reference, shaped rewards, GAE.
+    Returns (Experience, metrics).
     """
     ppo = config.ppo
     policy_logprobs = online.make_policy_logprobs(models.policy, config)
 
     @jax.jit
-    def assess(state: State, reference, transcript: Transcript, samples, scores):
+    def assess(
+        state: State, reference, transcript: Transcript, samples, scores, frozen=None
+    ):
         mask = transcript.mask
-        learner = policy_logprobs(state.policy, transcript)
+        learner = policy_logprobs(join(state.policy, frozen), transcript)
         ref_logprobs = policy_logprobs(reference, transcript).logprobs
         values = values_of(models, state.critic, transcript, learner.hidden)
 
@@ -169,7 +173,7 @@ def make_assess(models: Models, config: ConfigDict) -> Callable:
 
 
 def make_loss(models: Models, config: ConfigDict) -> Callable:
-    """Builds `loss(params, rows, count) -> (loss, sums)` of one micro-batch (step 5).
+    """Builds `loss(params, rows, count, frozen)` of one micro-batch (step 5).
 
     `count` is the number of real tokens of the whole minibatch, so that the losses of
     its micro-batches add up to the loss of the minibatch.
@@ -177,9 +181,9 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
     ppo = config.ppo
     policy_logprobs = online.make_policy_logprobs(models.policy, config)
 
-    def loss(params: Networks, rows: Experience, count):
+    def loss(params: Networks, rows: Experience, count, frozen):
         mask = rows.transcript.mask
-        learner = policy_logprobs(params.policy, rows.transcript)
+        learner = policy_logprobs(join(params.policy, frozen), rows.transcript)
         values = values_of(models, params.critic, rows.transcript, learner.hidden)
         policy_loss, policy = losses.clipped_surrogate(
             learner.logprobs,
@@ -220,10 +224,11 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
 def make_update(
     models: Models, config: ConfigDict, optimizer: optax.GradientTransformation
 ) -> Callable:
-    """Builds `update(state, experience, order) -> (state, metrics)` (steps 5 and 6).
+    """Builds `update(state, experience, order, frozen)` (steps 5 and 6).
 
     `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
-    epochs. The state is donated.
+    epochs, `frozen` what of the policy is not trained. Returns (state, metrics); the
+    state is donated.
     """
     ppo = config.ppo
     learn = make_learn(
@@ -238,9 +243,10 @@ def make_update(
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, experience: Experience, order: jax.Array):
+    def update(state: State, experience: Experience, order: jax.Array, frozen=None):
+        networks = Networks(state.policy, state.critic)
         params, opt_state, metrics = learn(
-            Networks(state.policy, state.critic), state.opt_state, experience, order
+            networks, state.opt_state, experience, order, frozen
         )
         kl_coef = state.kl_coef
         if ppo.adaptive_kl.target:
@@ -279,11 +285,11 @@ def validate(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def make_state(
-    config: ConfigDict, policy: loading.Loaded, mesh: Mesh
+    config: ConfigDict, policy: loading.Loaded, trained: Any, mesh: Mesh
 ) -> tuple[Models, State, optax.GradientTransformation]:
     """The two networks, and the optimizer with its fresh state."""
     critic_model, critic = loading.load_critic(config, policy, mesh)
-    params = Networks(policy.params, critic)
+    params = Networks(trained, critic)
     steps = config.total_phases * config.ppo.epochs * config.ppo.minibatches
     lrs = {"policy": config.optimizer.lr, "critic": config.optimizer.critic_lr}
     optimizer = optax.multi_transform(
@@ -293,7 +299,7 @@ def make_state(
     opt_state = loading.init_optimizer(optimizer, params, mesh)
     kl_coef = np.float32(config.ppo.kl_coef)
     kl_coef = sharding.to_devices(kl_coef, sharding.replicated(mesh))
-    state = State(policy.params, critic, opt_state, kl_coef)
+    state = State(trained, critic, opt_state, kl_coef)
     return Models(policy.model, critic_model), state, optimizer
 
 
@@ -306,6 +312,7 @@ def make_phase(
     rewards: Sequence[Reward],
     prompts: Prompts,
     reference: Any,
+    frozen: Any | None,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 6."""
     collect = online.make_collect(config, mesh, sample, rewards, prompts)
@@ -315,14 +322,14 @@ def make_phase(
 
     def run_phase(state, phase):
         jax.block_until_ready(state)  # the last update is not this rollout's time
-        collected = collect(state.policy, phase)
+        collected = collect(join(state.policy, frozen), phase)
         _, _, transcript, samples = collected.rollout
         experience, metrics = assess(
-            state, reference, transcript, samples, collected.scores
+            state, reference, transcript, samples, collected.scores, frozen
         )
         key = keys.branch_key(config.seed, keys.ORDER, phase)
         order = minibatch_order(key, batch, ppo.epochs, ppo.minibatches)
-        state, learned = update(state, experience, order)
+        state, learned = update(state, experience, order, frozen)
         rows, measured = online.report(config, collected, experience.sequence_kl)
         return state, metrics | learned | measured | {"episodes": phase * batch}, rows
 
@@ -343,23 +350,26 @@ def run(config: ConfigDict) -> None:
         prompts, heldout = online.load_both(
             config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens
         )
-        models, state, optimizer = make_state(config, policy, mesh)
-        reference = loading.copy(policy.params)
+        trained, frozen = parts = trainable.cut(config, policy.params, mesh)
+        reference = trainable.reference_of(config, parts)
+        models, state, optimizer = make_state(config, policy, trained, mesh)
         shown = {"policy": state.policy, "critic": state.critic}
         common.print_plan(console, config, mesh, shown)
         evaluate = online.make_evaluation(
             config, mesh, policy.model, sample, rewards, heldout
         )
         run_phase = make_phase(
-            config, mesh, models, optimizer, sample, rewards, prompts, reference
+            config,
+            *(mesh, models, optimizer, sample, rewards, prompts, reference, frozen),
         )
         hooks = common.Hooks(
             run_phase=run_phase,
-            evaluate=lambda state: evaluate(state.policy, reference),
+            evaluate=lambda state: evaluate(join(state.policy, frozen), reference),
             fields=online.FIELDS,
             panels=(*online.PANELS, CRITIC_PANEL),
             headline=online.headline(config.judges),
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(config, files, policy, state.policy, tokenizer)
+        whole = trainable.merged(config, join(state.policy, frozen))
+        loading.export(config, files, policy, whole, tokenizer)
         common.close_run(files, console, hooks, f"PPO: {config.workdir}")

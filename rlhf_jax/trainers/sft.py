@@ -42,7 +42,8 @@ from rlhf_jax.data.tokenizer import special_tokens
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.trainers import common, keys, loading, offline, online
+from rlhf_jax.trainers import common, keys, loading, offline, online, trainable
+from rlhf_jax.trees import join
 
 FIELDS = {
     "loss": "loss {:.3f}",
@@ -121,7 +122,7 @@ def make_evaluate(
     sample: Callable,
     prompts: Sequence[str],
 ) -> Callable:
-    """Builds `evaluate(state) -> (metrics, rows)`: held-out loss, and sample texts."""
+    """Builds `evaluate(params) -> (metrics, rows)`: held-out loss, and sample texts."""
     plain = ConfigDict(config.to_dict())  # the same figure, whatever is minimised
     plain.learning.update({"loss": "nll", "label_smoothing": 0.0})
 
@@ -134,11 +135,11 @@ def make_evaluate(
     spare = -len(prompts) % sharding.batch_shards()
     asked = [prompts[i % len(prompts)] for i in range(len(prompts) + spare)]
 
-    def evaluate(state: offline.State):
+    def evaluate(params: Any):
         metrics = offline.evaluate_rows(
-            sums, state.policy, heldout, batch=config.learning.batch, mesh=mesh
+            sums, params, heldout, batch=config.learning.batch, mesh=mesh
         )
-        rollout = sample(state.policy, asked, key, range(len(asked)))
+        rollout = sample(params, asked, key, range(len(asked)))
         pairs = list(zip(rollout.prompts, rollout.responses))[: len(prompts)]
         rows = [{"split": "heldout", "prompt": p, "response": r} for p, r in pairs]
         return metrics, rows
@@ -191,6 +192,7 @@ def make_phase(
     model: Model,
     optimizer: optax.GradientTransformation,
     rows: Rows,
+    frozen: Any | None,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, [])`: steps 1 to 3."""
     learning, cut = config.learning, None
@@ -208,7 +210,7 @@ def make_phase(
     loss = make_loss(model, config)
     micro_batches = {"accumulation": learning.accumulation, "counts": count_learned}
     return offline.make_phase(
-        config, mesh, loss, optimizer, rows, cut=cut, **micro_batches
+        config, mesh, loss, optimizer, rows, frozen=frozen, cut=cut, **micro_batches
     )
 
 
@@ -230,7 +232,8 @@ def run(config: ConfigDict) -> None:
         _, prompts = online.load_both(
             config.prompts, tokenizer, prompt_tokens=config.rollout.prompt_tokens
         )
-        state, optimizer = offline.make_state(config, loaded.params, mesh)
+        trained, frozen = trainable.cut(config, loaded.params, mesh)
+        state, optimizer = offline.make_state(config, trained, mesh)
         common.print_plan(console, config, mesh, {"policy": state.policy})
 
         def rows_of(completions, lay_out):
@@ -244,16 +247,18 @@ def run(config: ConfigDict) -> None:
             return lay_out(encoded, length=config.sequence_tokens, pad=pad)
 
         rows = rows_of(train, pack_rows if config.learning.packing else pad_rows)
+        evaluate = make_evaluate(
+            *(loaded.model, config, mesh, rows_of(heldout, pad_rows)),
+            *(sample, prompts.texts),
+        )
         hooks = common.Hooks(
-            run_phase=make_phase(config, mesh, loaded.model, optimizer, rows),
-            evaluate=make_evaluate(
-                *(loaded.model, config, mesh, rows_of(heldout, pad_rows)),
-                *(sample, prompts.texts),
-            ),
+            run_phase=make_phase(config, mesh, loaded.model, optimizer, rows, frozen),
+            evaluate=lambda state: evaluate(join(state.policy, frozen)),
             fields=FIELDS,
             panels=PANELS,
             headline=[("held-out loss", "heldout/loss", None)],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(config, files, loaded, state.policy, tokenizer)
+        whole = trainable.merged(config, join(state.policy, frozen))
+        loading.export(config, files, loaded, whole, tokenizer)
         common.close_run(files, console, hooks, f"SFT: {config.workdir}")

@@ -57,7 +57,7 @@ class Setup(NamedTuple):
 def make_setup(config, mesh) -> Setup:
     arrays = saved()
     policy = loading.load_model(config.model, config, mesh)
-    models, state, optimizer = ppo.make_state(config, policy, mesh)
+    models, state, optimizer = ppo.make_state(config, policy, policy.params, mesh)
     if not config.critic.shared:
         old = state.critic["score"]["kernel"]
         kernel = sharding.to_devices(arrays["score_kernel"], old.sharding)

@@ -175,12 +175,15 @@ def shorten_prompt(
             break
         prompt = shorter
     while over > 0:
-        ids = encode_texts(tokenizer, [dialogues.first_words(prompt)])[0]
+        words = dialogues.first_words(prompt)
+        ids = encode_texts(tokenizer, [words])[0]
         if over >= len(ids):
             return None
-        words = tokenizer.decode(ids[over:], clean_up_tokenization_spaces=False)
-        # The cut may go through a character of several tokens.
-        prompt = dialogues.with_first_words(prompt, words.lstrip("\ufffd"))
+        tail = tokenizer.decode(ids[over:], clean_up_tokenization_spaces=False)
+        tail = tail.lstrip("\ufffd")  # the cut may go through a character
+        # Some tokenizers add to what they decode; it must get shorter all the same.
+        words = tail if len(tail) < len(words) else words[1:]
+        prompt = dialogues.with_first_words(prompt, words)
         over = excess()
     return dialogues.render(prompt, tokenizer, place)
 

@@ -107,6 +107,7 @@ def test_a_plain_prompt_loses_its_first_tokens(tokenizer):
     assert cl.shorten_prompt("0123", 0, tokenizer) is None
     # é is two bytes: the cut falls between them, and no half of it is kept
     assert cl.shorten_prompt("é12", 3, tokenizer) == "12"
+    assert cl.shorten_prompt("aaaé😀12", 5, tokenizer) == "12"
 
 
 def test_a_dialogue_loses_whole_turns_before_tokens(tokenizer):

@@ -6,6 +6,7 @@ import pytest
 from rlhf_jax.data import preferences, reviews
 from rlhf_jax.data.preferences import (
     Pair,
+    load_pairs,
     load_preferences,
     preference,
     preference_pairs,
@@ -115,6 +116,33 @@ def test_load_preferences_joins_both_kinds(monkeypatch):
     )
     assert found == alike + random_pairs(rows, rounds=1, seed=5) and len(alike) > 3
     assert asked == [("test", ("movie",))]
+
+
+def test_load_pairs_takes_the_builtin_sentences_too(monkeypatch):
+    rows = [review(f"It was take {i}.", i % 9 - 4, (3 * i) % 9 - 4) for i in range(30)]
+    asked = []
+
+    def load_reviews(split, *, domains):
+        asked.append((split, domains))
+        return rows
+
+    monkeypatch.setattr(reviews, "load_reviews", load_reviews)
+    pairs, counts = load_pairs("builtin:reviews", split="validation", rounds=1, seed=5)
+    assert pairs == load_preferences(
+        "builtin:reviews", split="validation", domains=(), rounds=1, seed=5
+    )
+    assert counts == {"kept": len(pairs)} and len(pairs) > 3
+    assert asked[0] == ("validation", ("movie", "product", "news", "tweet"))
+
+
+def test_load_pairs_of_a_file(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\nWhy?, So., No.\nWho?, I., I. \n")
+    pairs, counts = load_pairs(str(path), split=None)
+    assert pairs == [Pair("Why?", " So.", " No.")]
+    assert counts == {"tie": 1, "kept": 1}
+    with pytest.raises(UserError, match="unknown preference 'longer'"):
+        load_pairs(str(path), split=None, preference="longer")
 
 
 def test_an_unknown_source():

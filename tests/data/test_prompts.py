@@ -86,6 +86,31 @@ def test_columns(tmp_path):
         load_prompts(neither)
 
 
+def test_prompts_of_other_formats(tmp_path):
+    dialogue = "\n\nHuman: Why?\n\nAssistant:"
+    hh = [{"chosen": dialogue + " So.", "rejected": dialogue + " No.", "id": 3}]
+    found = load_prompts(write(tmp_path / "hh.jsonl", hh), extra_columns=("id",))
+    assert found == Prompts([dialogue], {"id": [3]})
+    tokenizer = train_tokenizer(["x"], 258)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    ask = [{"role": "user", "content": f"Question {i}"} for i in range(60)]
+    chats = [{"messages": [turn]} for turn in ask]
+    # A row that asks nothing is left out, and its other columns with it.
+    chats.append({"messages": [{"role": "assistant", "content": "x"}]})
+    rows = [row | {"id": i} for i, row in enumerate(chats)]
+    source = write(tmp_path / "chats.jsonl", rows)
+    everything = load_prompts(source, tokenizer=tokenizer, extra_columns=("id",))
+    assert everything.texts == [f"<Question {i}>" for i in range(60)]
+    assert everything.columns == {"id": list(range(60))}
+    # The split is of the words, whatever a template writes around them.
+    plain = [{"prompt": turn["content"]} for turn in ask]
+    words = load_prompts(write(tmp_path / "b.jsonl", plain), split="heldout").texts
+    heldout = load_prompts(source, split="heldout", tokenizer=tokenizer).texts
+    assert heldout == [f"<{text}>" for text in words] and words
+    with pytest.raises(UserError, match=r"chats\.jsonl line 1 holds chat messages"):
+        load_prompts(source)
+
+
 def test_a_file_is_split_by_the_hash_of_the_prompt(numbered):
     train = load_prompts(numbered, split="train", extra_columns=["id"])
     heldout = load_prompts(numbered, split="heldout", extra_columns=["id"])

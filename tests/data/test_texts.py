@@ -6,7 +6,8 @@ import pytest
 
 from rlhf_jax.data import reviews
 from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.texts import load_texts
+from rlhf_jax.data.rows import Completion
+from rlhf_jax.data.texts import load_completions, load_texts
 from rlhf_jax.errors import UserError
 
 
@@ -22,6 +23,30 @@ def test_the_builtin_sentences(monkeypatch):
     assert load_texts("builtin:reviews", split="train") == ["Fine."]
     everything = ("movie", "product", "news", "tweet")
     assert asked == [("test", ("movie",)), ("train", everything)]
+
+
+def test_the_builtin_sentences_are_completions_without_a_prompt(monkeypatch):
+    asked = []
+
+    def load_reviews(split, *, domains):
+        asked.append((split, tuple(domains)))
+        return [Review("Fine.", "movie", (1,), 1.0)]
+
+    monkeypatch.setattr(reviews, "load_reviews", load_reviews)
+    rows, counts = load_completions("builtin:reviews", split="test", domains=["movie"])
+    assert rows == [Completion("", "Fine.")]
+    assert counts == {"kept": 1}
+    assert asked == [("test", ("movie",))]
+
+
+def test_plain_texts_are_split_as_for_language_models(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"Text {i}.\n" for i in range(300)))
+    for split in ("train", "validation"):
+        rows, counts = load_completions(str(path), split=split)
+        texts = load_texts(str(path), split=split)
+        assert rows == [Completion("", text) for text in texts]
+        assert counts == {"kept": len(texts)}
 
 
 def test_a_file_is_split_by_a_hash(tmp_path):

@@ -112,6 +112,12 @@ def test_at_most_four_samples_and_long_texts_are_cut():
     assert shown(console) == text
 
 
+def test_counts_are_one_line():
+    console = plain_console()
+    progress.show_counts(console, "a.jsonl, train", {"tie\x07": 3, "kept": 12345})
+    assert shown(console) == "a.jsonl, train: 3 tie�, 12,345 kept\n"
+
+
 def test_summary_gives_the_gain_in_starting_spreads():
     console = plain_console()
     changes = [

@@ -1,5 +1,6 @@
 """A tiny world: a tokenizer, random models and texts that fit, and how to run in it."""
 
+import importlib
 import itertools
 import os
 import pathlib
@@ -10,7 +11,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from configs import ppo
 from rlhf_jax import sharding
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.models.families import config_from_hf
@@ -44,6 +44,16 @@ LLAMA = {
     "bos_token_id": None,
 }
 
+OF_ALGORITHM = {
+    "ppo": {"rollout.prompts": 16, "optimizer.critic_lr": 1e-2},
+    "grpo": {
+        "rollout.prompts": 4,
+        "rollout.group": 4,
+        "total_phases": 12,
+        "remat": False,
+    },
+}
+
 
 class World(NamedTuple):
     """What a run is given, on disk."""
@@ -54,35 +64,39 @@ class World(NamedTuple):
     prompts: pathlib.Path
     texts: pathlib.Path
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What a tiny run changes in configs/ppo.py, by dotted name."""
-        return {
+    def settings(self, algorithm: str) -> dict[str, object]:
+        """What a tiny run changes in configs/<algorithm>.py, by dotted name."""
+        shared = {
             "model": str(self.policy),
             "data.train": str(self.prompts),
             "data.heldout": str(self.prompts),
             "data.heldout_limit": 16,
-            "rollout.prompts": 16,
             "rollout.max_new_tokens": 6,
             "rewards.human.source": "tests.trainers.reward_functions:letters",
             "judges.vader.source": "rlhf_jax.rewards.functions:distinct_words",
             "optimizer.lr": 1e-2,
-            "optimizer.critic_lr": 1e-2,
             "optimizer.schedule": "constant",
-            "ppo.kl_coef": 0.02,
+            f"{algorithm}.kl_coef": 0.02,
             "total_phases": 16,
             "evaluate_every": 5,
             "samples_every": 8,
             "checkpoint.every": 3,
         }
+        return shared | OF_ALGORITHM[algorithm]
 
-    def ppo_config(self, workdir, **changes):
-        """configs/ppo.py with `settings` and `changes`, `__` in the place of dots."""
-        config = ppo.get_config()
+    def config(self, algorithm, workdir, **changes):
+        """That file with `settings` and `changes`, `__` in the place of dots."""
+        config = importlib.import_module(f"configs.{algorithm}").get_config()
         config.workdir = str(workdir)
         changes = {name.replace("__", "."): value for name, value in changes.items()}
-        config.update_from_flattened_dict(self.settings | changes)
+        config.update_from_flattened_dict(self.settings(algorithm) | changes)
         return config
+
+    def ppo_config(self, workdir, **changes):
+        return self.config("ppo", workdir, **changes)
+
+    def grpo_config(self, workdir, **changes):
+        return self.config("grpo", workdir, **changes)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,11 @@ def letters(prompts, responses, **columns):
     return np.array(plain, np.float32) / [max(len(text), 1) for text in responses]
 
 
+def says_good(prompts, responses, **columns):
+    """1 or 0, so that the responses to a prompt are often worth the same."""
+    return ["o" in text for text in responses]
+
+
 def breaks(prompts, responses, **columns):
     raise KeyError("no such thing")
 

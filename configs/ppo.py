@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
                 "heldout": "builtin",
                 "column": "",  # "": "prompt", or else "text"
                 "extra_columns": (),  # handed to the rewards by name
+                "chat_template": "",  # a Jinja file; "": the tokenizer's own
                 "prefix_words": 0,
                 "prefix_tokens": 0,
                 "limit": 0,

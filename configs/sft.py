@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
                 "source": "builtin:reviews",  # or a file, a hub's data set, "tfds:..."
                 "domains": ("movie", "product"),
                 "min_characters": 0,  # of a response
+                "chat_template": "",  # a Jinja file; "": the tokenizer's own
             },
             "sequence_tokens": 64,
             "learning": {

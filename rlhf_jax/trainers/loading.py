@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import progress, run_files, sharding
+from rlhf_jax.data.dialogues import set_chat_template
 from rlhf_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
@@ -153,7 +154,8 @@ def load_run_tokenizer(
 ) -> Any:
     """The tokenizer of `config.tokenizer`, or, where that is "", the one of the model.
 
-    "train" trains one on `texts`, with the vocabulary size of `config.model`.
+    "train" trains one on `texts`, with the vocabulary size of `config.model`. The chat
+    template of `config.data.chat_template`, a Jinja file, takes the place of its own.
     """
     if config.tokenizer == "train":
         return train_tokenizer(texts, config.model.vocab_size)
@@ -164,6 +166,8 @@ def load_run_tokenizer(
             'make: give a tokenizer, or "train"'
         )
     tokenizer = load_tokenizer(_find(source))
+    if config.data.get("chat_template", ""):
+        set_chat_template(tokenizer, config.data.chat_template)
     note = special_tokens(tokenizer).note
     if note:
         progress.say(console, note)

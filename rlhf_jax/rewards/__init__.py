@@ -10,10 +10,14 @@ reward's source and weight, and `build_rewards` finds it:
                                 (BERT, DistilBERT, RoBERTa or a decoder) or a score
                                 model of safe-rlhf
     "owner/name"                the same from the Hugging Face hub
+    ["runs/rm0", "runs/rm1"]    an ensemble of reward models
 
 The entry of a model may also say which `label` counts, by name or number, the `output`
 ("logit", "probability", "log_probability", "log_odds"), the `text` that it reads
 ("{prompt}{response}") and its `dtype`: {"source": "runs/imdb", "label": "POSITIVE"}.
+A reward model trained here may be asked to `normalize` its scores, to mean 0 and
+deviation 1 of the responses it was trained on; members of an ensemble do so unless
+told not to. An ensemble has `combine` ("mean", "min", "uncertainty") and `penalty`.
 """
 
 import importlib
@@ -33,6 +37,7 @@ from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.model_files import find_model, read_config
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards.classifier import load_classifier
+from rlhf_jax.rewards.ensemble import Detailed, load_ensemble
 from rlhf_jax.rewards.labels import Reading
 from rlhf_jax.rewards.model import load_reward_model
 from rlhf_jax.run_files import exported
@@ -46,9 +51,10 @@ KNOWN = (
     'model or classifier, or "package.module:function"'
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-MODEL_OPTIONS = (*Reading._fields, "dtype")
+ENSEMBLE_OPTIONS = ("combine", "penalty")
+MODEL_OPTIONS = (*Reading._fields, "dtype", "normalize")
 
-Score = Callable[..., np.ndarray]
+Score = Callable[..., np.ndarray | Detailed]
 
 
 class Reward(NamedTuple):
@@ -76,6 +82,7 @@ def load_model(
     *,
     mesh: Mesh,
     dtype: str = "float32",
+    normalize: bool = False,
     **reading: Any,
 ) -> Score:
     """A reward function from a reward model or classifier of any known architecture.
@@ -84,21 +91,28 @@ def load_model(
       source: a directory or hub id.
       mesh: where the model computes.
       dtype: "float32" or "bfloat16", what its matmuls are computed in.
+      normalize: of a reward model trained here, see `load_reward_model`.
       **reading: fields of `labels.Reading`.
 
     Raises:
       UserError: no such model, or an option that is not for it.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown dtype {dtype!r}: choose from float32, bfloat16")
+    _check_dtype(dtype)
     kind = read_config(find_model(source)).get("model_type")
     if kind not in {*ENCODERS, *FAMILIES}:
         raise UserError(
             f"{source} has the unsupported model_type {kind!r}; supported are the "
             f"classifiers {', '.join(ENCODERS)} and the decoders {', '.join(FAMILIES)}"
         )
-    load = load_classifier if kind in ENCODERS else load_reward_model
-    return load(source, mesh=mesh, reading=Reading(**reading), dtype=dtype)
+    options = {"mesh": mesh, "reading": Reading(**reading), "dtype": dtype}
+    if kind in FAMILIES:
+        return load_reward_model(source, normalize=normalize, **options)
+    if normalize:
+        raise UserError(
+            f"{source} cannot be normalised: it is a classifier ({kind}), and only "
+            "reward models trained here know the mean and deviation of their scores"
+        )
+    return load_classifier(source, **options)
 
 
 def score_all(
@@ -116,17 +130,20 @@ def score_all(
       **columns: further columns of the prompts' rows, B values each.
 
     Returns:
-      The weighted sum [B] float32, and each reward alone, unweighted, by its name.
+      The weighted sum [B] float32, and each reward alone, unweighted, by its name; of
+      an ensemble also the deviation of its members, as "<name>_std".
 
     Raises:
       UserError: a reward raised, or gave anything but B finite numbers.
     """
-    parts = {
-        reward.name: _checked(reward, prompts, responses, columns) for reward in rewards
-    }
     total = np.zeros(len(prompts), np.float32)
+    parts: dict[str, np.ndarray] = {}
     for reward in rewards:
-        total += np.float32(reward.weight) * parts[reward.name]
+        found = _checked(reward, prompts, responses, columns)
+        total += np.float32(reward.weight) * found.scores
+        parts[reward.name] = found.scores
+        for detail, values in found.details.items():
+            parts.setdefault(f"{reward.name}_{detail}", values)
     return total, parts
 
 
@@ -141,12 +158,34 @@ def name_scores(
 
 def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
     source, weight = entry.get("source"), entry.get("weight", 1.0)
-    if not isinstance(source, str) or not source:
+    several = isinstance(source, list | tuple) and source
+    if not source or not all(
+        isinstance(one, str) and one for one in (source if several else [source])
+    ):
         raise UserError(f"reward {name!r} has no source; {KNOWN}")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"reward {name!r} has the weight {weight!r}, expected a number")
-    options = {k: entry[k] for k in MODEL_OPTIONS if entry.get(k) is not None}
+    known = (*MODEL_OPTIONS, *ENSEMBLE_OPTIONS) if several else MODEL_OPTIONS
+    options = {k: entry[k] for k in known if entry.get(k) is not None}
+    if several:
+        score = _find_ensemble(source, mesh, options)
+        return Reward(name, " + ".join(source), float(weight), score)
     return Reward(name, source, float(weight), _find(name, source, mesh, options))
+
+
+def _find_ensemble(
+    sources: Sequence[str], mesh: Mesh, options: Mapping[str, Any]
+) -> Score:
+    found = [str(BUILTIN.get(source) or exported(source)) for source in sources]
+    _check_dtype(options.get("dtype", "float32"))
+    reading = {k: v for k, v in options.items() if k in Reading._fields}
+    others = {k: v for k, v in options.items() if k not in Reading._fields}
+    return load_ensemble(found, mesh=mesh, reading=Reading(**reading), **others)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"unknown dtype {dtype!r}: choose from float32, bfloat16")
 
 
 def _find(name: str, source: str, mesh: Mesh, options: Mapping[str, Any]) -> Score:
@@ -190,7 +229,7 @@ def _checked(
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
-) -> np.ndarray:
+) -> Detailed:
     """The scores [B] float32 of one reward, or a sentence about what is wrong."""
     who = f"reward {reward.name!r} ({reward.source})"
     try:
@@ -199,6 +238,9 @@ def _checked(
         raise
     except Exception as error:
         raise UserError(f"{who} raised {type(error).__name__}: {error}") from error
+    details = {}
+    if isinstance(scores, Detailed):
+        scores, details = scores
     try:
         with np.errstate(over="ignore"):  # an overflow is inf, and reported below
             scores = np.asarray(scores, np.float32)
@@ -216,4 +258,4 @@ def _checked(
             f"{who} gave {scores[row]} for response {row} of {len(prompts)} "
             f"({bad.size} not finite): {responses[row][:80]!r}"
         )
-    return scores
+    return Detailed(scores, details)

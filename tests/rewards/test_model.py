@@ -121,3 +121,21 @@ def test_a_tokenizer_without_eos(model_directory, mesh, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_reward_model(folder, mesh=mesh)(PROMPTS, RESPONSES)
+
+
+def test_scores_are_brought_to_one_scale(score, model_directory, mesh, tmp_path):
+    folder = shutil.copytree(model_directory, tmp_path / "model")
+    with pytest.raises(UserError, match="no score_mean and score_std"):
+        load_reward_model(folder, mesh=mesh, normalize=True)
+    config = json.loads((folder / "config.json").read_text())
+    said = {"score_mean": 0.75, "score_std": 0.5}
+    (folder / "config.json").write_text(json.dumps(config | said))
+    raw = load_reward_model(folder, mesh=mesh)(PROMPTS, RESPONSES)
+    np.testing.assert_array_equal(raw, score(PROMPTS, RESPONSES))
+    got = load_reward_model(folder, mesh=mesh, normalize=True)(PROMPTS, RESPONSES)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, (raw - 0.75) / 0.5, rtol=1e-6)
+    flat = {"score_mean": 0.75, "score_std": 0.0}
+    (folder / "config.json").write_text(json.dumps(config | flat))
+    with pytest.raises(UserError, match="gave all responses the same score"):
+        load_reward_model(folder, mesh=mesh, normalize=True)

@@ -1,5 +1,6 @@
 """Rewards from a config: found by name, weighed, and refused when they are wrong."""
 
+import pathlib
 import shutil
 import sys
 
@@ -216,3 +217,13 @@ def test_a_function_cannot_change_the_texts_of_the_next(mesh):
     responses = list(RESPONSES)
     total, _ = score_all(build_rewards(config, mesh=mesh), PROMPTS, responses)
     assert total.tolist() == [8, 3, 0] and responses == RESPONSES
+
+
+def test_a_classifier_and_a_function_have_no_scale(mesh):
+    encoder = pathlib.Path(__file__).parents[1] / "fixtures" / "encoders" / "bert"
+    for source, message in (
+        (str(encoder), r"it is a classifier \(bert\), and only reward models"),
+        ("vader", "is no model, and only models have normalize"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_rewards({"mine": {"source": source, "normalize": True}}, mesh=mesh)

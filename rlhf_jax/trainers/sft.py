@@ -104,7 +104,8 @@ def count_learned(rows: Rows) -> jax.Array:
 
 def make_loss(model: Model, config: ConfigDict) -> offline.Loss:
     """Builds the training loss: the mean over the learned tokens of the whole batch."""
-    noisy = bool(model.config.dropout or model.config.neftune_alpha)
+    c = model.config
+    noisy = bool(c.dropout or c.neftune_alpha or c.lora_dropout)
 
     def loss(params, rows: Rows, key, count):
         total, _ = loss_sums(model, config, params, rows, key if noisy else None)

@@ -1,13 +1,17 @@
 """Loss functions for alignment from human feedback: pure functions on arrays.
 
 Nothing here needs more than jax and numpy. B sequences, T tokens: per-token results are
-`[B, T]`, pair results `[B]`, always float32, and zero wherever the mask is False,
-whatever stands there; so a mask without a True gives zero, and never nan. An array
+`[B, T]`, pair results `[B]`, float32, and zero wherever the mask is False, whatever
+stands there; so a mask without a True gives zero, and never nan. What is a factor is
+one there instead: `PolicyDiagnostics.ratio` and `wpo_weights`. What says which is not
+float32: `TopTokens.tokens` is int32, what is clipped or correct is bool. An array
 without entries raises. Arrays come in the order new, old, advantage, mask;
-hyper-parameters by keyword.
+hyper-parameters by keyword. `LOSS_TYPES` and `DIVERGENCES` are tables: their keys are
+the names that `dpo` takes.
 
 Losses are not averaged. Reduce with `masked.sum_and_count`, add the sums and the counts
-over micro-batches and devices, and divide once.
+over micro-batches and devices, and divide once. Means are what is called so,
+`masked.mean` and `masked.var`, and `kto_reference_point`.
 """
 
 from rlhf_jax.losses import (
@@ -27,9 +31,9 @@ from rlhf_jax.losses.advantages import (
     reinforce_plus_plus_baseline,
     remax,
 )
-from rlhf_jax.losses.aggregation import aggregate
 from rlhf_jax.losses.cost_model import cost_model_loss, cost_model_token_loss
-from rlhf_jax.losses.direct_preference import dpo
+from rlhf_jax.losses.direct_preference import DIVERGENCES, dpo
+from rlhf_jax.losses.dpo_types import LOSS_TYPES
 from rlhf_jax.losses.group_advantages import (
     group_relative,
     leave_one_out,
@@ -38,7 +42,6 @@ from rlhf_jax.losses.group_advantages import (
 )
 from rlhf_jax.losses.importance import importance_weights
 from rlhf_jax.losses.logprobs import logprobs_from_logits, token_logprobs
-from rlhf_jax.losses.masked import sum_and_count, whiten
 from rlhf_jax.losses.policy import (
     PolicyDiagnostics,
     adaptive_kl_coef,
@@ -73,12 +76,13 @@ from rlhf_jax.losses.token_summaries import (
 from rlhf_jax.losses.unpaired import apo_zero_unpaired, kto, kto_reference_point
 
 __all__ = [
+    "DIVERGENCES",
+    "LOSS_TYPES",
     "PairRewards",
     "PolicyDiagnostics",
     "TopTokens",
     "Variant",
     "adaptive_kl_coef",
-    "aggregate",
     "aggregation",
     "apo_zero_unpaired",
     "bradley_terry",
@@ -123,10 +127,8 @@ __all__ = [
     "sapo",
     "sequence_logprobs",
     "simpo",
-    "sum_and_count",
     "token_logprobs",
     "top_logprobs",
     "variant",
-    "whiten",
     "wpo_weights",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import TINY, check_range
+from rlhf_jax.losses._checks import INF, TINY, check_range, check_whole
 
 
 class Options(NamedTuple):
@@ -27,21 +27,18 @@ class Options(NamedTuple):
 
 def make_options(temperature, logit_softcap, label_smoothing=0.0):
     """Check what the caller gave; `num_chunks` and `batch_shards` are set after."""
-    temperature, label_smoothing = float(temperature), float(label_smoothing)
-    check_range("temperature", temperature, TINY, float("inf"))
+    check_range("temperature", temperature, TINY, INF)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    if logit_softcap is not None:
-        logit_softcap = float(logit_softcap)
-        check_range("logit_softcap", logit_softcap, TINY, float("inf"))
-    return Options(temperature, logit_softcap, label_smoothing)
+    check_range("logit_softcap", logit_softcap, TINY, INF)
+    capped = None if logit_softcap is None else float(logit_softcap)
+    return Options(float(temperature), capped, float(label_smoothing))
 
 
 def count_chunks(chunk_size, T):
     """How many chunks cover T tokens; None where all are done at once."""
     if chunk_size is None:
         return None
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more, or None.")
+    check_whole("chunk_size", chunk_size, 1, ", or None")
     return max(1, -(-T // chunk_size))
 
 
@@ -57,6 +54,14 @@ def cap_and_scale(logits, options):
     if options.logit_softcap is not None:
         logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
     return logits / options.temperature
+
+
+def keep_real(x, mask):
+    """[B, T, ...] with zeros where the mask is False; as it is where that is None."""
+    if mask is None:
+        return x
+    mask = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    return jnp.where(mask, x, jnp.zeros_like(x))
 
 
 def split(x, options):

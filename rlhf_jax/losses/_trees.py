@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 def named_leaves(name: str, tree: Any, is_leaf: Callable | None = None) -> dict:
@@ -13,23 +12,21 @@ def named_leaves(name: str, tree: Any, is_leaf: Callable | None = None) -> dict:
     return {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def check_float(name: str, array: Any) -> None:
-    """Raise ValueError unless `array` has a dtype, and it is a float one."""
-    found = getattr(array, "dtype", f"a Python {type(array).__name__}")
-    if isinstance(found, str) or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"{name} is {found}, expected a float dtype.")
-
-
 def check_same_structure(name: str, tree: Any, params: Any) -> None:
     """Raise ValueError unless `tree` has the structure of `params`.
 
     Raises:
       ValueError: names the leaves that only one of them has, or gives the structures
-        where these alone differ, as of a list and a tuple.
+        where these alone differ, as of a list and a tuple, or where one is a leaf.
     """
-    given, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    given, expected, leaf = (jax.tree.structure(x) for x in (tree, params, 0))
     if given == expected:
         return
+    if leaf in (given, expected):
+        given = "a single leaf" if given == leaf else given
+        raise ValueError(
+            f"{name} is {given}, expected the structure of params, {expected}."
+        )
     ours, theirs = (set(named_leaves("", x)) for x in (params, tree))
     differences = [
         f"{what} {', '.join(sorted(paths))}"

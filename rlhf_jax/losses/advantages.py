@@ -68,7 +68,7 @@ def gae(
         bootstrap = jnp.zeros(B, jnp.float32)
     check_shape("bootstrap", bootstrap, (B,), "the B of rewards")
 
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     rewards = jnp.where(mask, float32(rewards), 0.0)
     values = jnp.where(mask, float32(values), 0.0)
 
@@ -145,7 +145,7 @@ def over_tokens(advantages: jax.Array, mask: jax.Array) -> jax.Array:
     """
     check_rank("B T", mask=mask)
     check_shape("advantages", advantages, np.shape(mask)[:1], "the B of mask")
-    return jnp.where(boolean(mask), float32(advantages)[:, None], 0.0)
+    return jnp.where(boolean("mask", mask), float32(advantages)[:, None], 0.0)
 
 
 def reinforce_plus_plus(
@@ -162,7 +162,7 @@ def reinforce_plus_plus(
       rewards: float [B, T], such as `kl_shaped_rewards`; integers are made float32.
       mask: bool [B, T], True = a real response token; gaps are allowed.
       gamma: γ, the discount a token, in [0, 1].
-      eps: ε, added to the variance.
+      eps: ε, above 0, added to the variance.
 
     Returns:
       float32 [B, T], in standard deviations; zero in masked slots.
@@ -193,7 +193,7 @@ def reinforce_plus_plus_baseline(
       mask: bool [B, T], True = a real response token; a response that could not be
         scored has none, and takes no part in its group's mean.
       group_size: G, responses to a prompt, at least 2.
-      eps: ε, added to the variance.
+      eps: ε, above 0, added to the variance.
 
     Returns:
       float32 [B, T], in standard deviations; zero in masked slots.
@@ -206,7 +206,7 @@ def reinforce_plus_plus_baseline(
     """
     check_rank("B T", mask=mask)
     check_shape("rewards", rewards, np.shape(mask)[:1], "the B of mask")
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     advantages = group_relative(
         rewards, mask.any(1), group_size=group_size, scale="none"
     )

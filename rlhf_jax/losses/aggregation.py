@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import masked
-from rlhf_jax.losses._checks import boolean, check_range, check_rank, check_same_shape
+from rlhf_jax.losses._checks import (
+    INF,
+    boolean,
+    check_range,
+    check_rank,
+    check_same_shape,
+)
 
 MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant_norm")
 
@@ -105,19 +111,19 @@ def constant_norm(
     Args:
       loss: float [B, T], a loss of each token.
       mask: bool [B, T], True = a real response token.
-      max_length: L, above 0: the number of tokens a response may have. The same for a
-        whole run, not the T of one batch.
+      max_length: L, at least 1: the number of tokens a response may have. The same for
+        a whole run, not the T of one batch.
 
     Returns:
       (sum, count), float32 scalars; the count is L times that of `sequence_sum`.
 
     Raises:
-      ValueError: loss is not [B, T], the mask has another shape, or L is not positive.
+      ValueError: loss is not [B, T], the mask has another shape, or L is below 1.
 
     References:
       Dr. GRPO: Liu et al. 2025, https://arxiv.org/abs/2503.20783
     """
-    check_range("max_length", max_length, 1, float("inf"))
+    check_range("max_length", max_length, 1, INF)
     total, count = sequence_sum(loss, mask)
     return total, count * max_length
 
@@ -161,4 +167,4 @@ def aggregate(
 
 def _num_sequences(loss, mask):
     check_same_shape(loss=loss, mask=mask)
-    return boolean(mask).any(1).astype(jnp.float32).sum()
+    return boolean("mask", mask).any(1).astype(jnp.float32).sum()

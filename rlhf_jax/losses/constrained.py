@@ -10,24 +10,24 @@ A critic of the cost learns from a KL-shaped cost of each token, in which the KL
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses._checks import (
+    INF,
+    MAX,
     TINY,
     boolean,
     check_range,
     check_same_shape,
-    check_shape,
+    check_scalars,
     float32,
+    is_number,
 )
 
 LAGRANGIAN_RULES = ("gradient", "exponential")
-# The largest float32: what has a logarithm and an exponential again.
-MAX = float(np.finfo(np.float32).max)
 
 
 def cost_ema(
-    ema: float | jax.Array | None, mean_cost: float | jax.Array, *, beta: float
+    ema: float | jax.Array | None, mean_cost: float | jax.Array, *, decay: float
 ) -> jax.Array:
     """A running mean of the cost over updates, for a λ that follows the trend.
 
@@ -36,7 +36,7 @@ def cost_ema(
     Args:
       ema: J, a scalar; None before the first update.
       mean_cost: C̄, the mean cost of the current policy's responses, a scalar.
-      beta: β, in [0, 1]; 0.9 is common, 0 keeps nothing of the past.
+      decay: β, in [0, 1]; 0.9 is common, 0 keeps nothing of the past.
 
     Returns:
       float32 scalar, in units of the cost.
@@ -48,12 +48,12 @@ def cost_ema(
       Dai et al. 2023, who update λ by a moving average of the cost,
       https://arxiv.org/abs/2310.12773
     """
-    _check_scalars(mean_cost=mean_cost, beta=beta)
-    check_range("beta", beta, 0.0, 1.0)
+    check_scalars(mean_cost=mean_cost, decay=decay)
+    check_range("decay", decay, 0.0, 1.0)
     if ema is None:
         return float32(mean_cost)
-    _check_scalars(ema=ema)
-    return beta * float32(ema) + (1.0 - beta) * float32(mean_cost)
+    check_scalars(ema=ema)
+    return decay * float32(ema) + (1.0 - decay) * float32(mean_cost)
 
 
 def lagrangian_update(
@@ -101,7 +101,7 @@ def lagrangian_update(
       The bound λ_max is of its code, https://github.com/PKU-Alignment/safe-rlhf
       "exponential": https://github.com/jbejjani2022/es-fine-tuning-paper
     """
-    _check_scalars(
+    check_scalars(
         log_multiplier=log_multiplier,
         mean_cost=mean_cost,
         cost_limit=cost_limit,
@@ -111,8 +111,7 @@ def lagrangian_update(
     )
     check_range("lr", lr, TINY, MAX)
     check_range("min_multiplier", min_multiplier, 0.0, MAX)
-    known = isinstance(min_multiplier, (int, float, np.number))
-    lowest = max(min_multiplier, TINY) if known else TINY
+    lowest = max(min_multiplier, TINY) if is_number(min_multiplier) else TINY
     check_range("max_multiplier", max_multiplier, lowest, MAX)
     if rule not in LAGRANGIAN_RULES:
         raise ValueError(
@@ -132,27 +131,29 @@ def combined_advantage(
     cost_advantages: jax.Array,
     mask: jax.Array,
     *,
-    multiplier: float | jax.Array,
+    log_multiplier: float | jax.Array,
 ) -> jax.Array:
     """The advantage of reward less λ times that of cost, on the scale of either.
 
-    A = (A_R − λ A_C) / (1 + λ) = A_R / (1 + λ) − A_C λ / (1 + λ)
+    A = (A_R − λ A_C) / (1 + λ) = A_R σ(−ℓ) − A_C σ(ℓ),  ℓ = log λ
 
-    Dividing by 1 + λ keeps the policy's step from growing with λ. Shape the rewards by
-    −β KL and the costs by +β KL (`kl_shaped_rewards` with kl_coef=β and kl_coef=−β):
-    then the KL weighs β in A, whatever λ is.
+    ℓ is what `lagrangian_update` gives. Dividing by 1 + λ keeps the policy's step from
+    growing with λ. Shape the rewards by −β KL and the costs by +β KL
+    (`kl_shaped_rewards` with kl_coef=β and kl_coef=−β): then the KL weighs β in A,
+    whatever λ is.
 
     Args:
       reward_advantages: float [B, T], A_R, from the critic of the reward.
       cost_advantages: float [B, T], A_C, from the critic of the cost.
       mask: bool [B, T], True = a real response token.
-      multiplier: λ, at least 0, a number or a scalar array; it gets no gradient.
+      log_multiplier: log λ, a number or a scalar array; it gets no gradient. −inf is
+        λ = 0.
 
     Returns:
       float32 [B, T]; zero in masked slots.
 
     Raises:
-      ValueError: the arrays differ in shape, or λ is negative or not a scalar.
+      ValueError: the arrays differ in shape, or log λ is not a scalar.
 
     References:
       Dai et al. 2023, https://arxiv.org/abs/2310.12773
@@ -161,33 +162,35 @@ def combined_advantage(
     check_same_shape(
         reward_advantages=reward_advantages, cost_advantages=cost_advantages, mask=mask
     )
-    lam = _multiplier(multiplier)
-    mask = boolean(mask)
+    log_lambda = _log_multiplier(log_multiplier)
+    mask = boolean("mask", mask)
     A_R, A_C = (
         jnp.where(mask, float32(x), 0.0) for x in (reward_advantages, cost_advantages)
     )
     # Each share is at most one, where λ A_C would overflow.
-    return A_R / (1.0 + lam) - A_C * (lam / (1.0 + lam))
+    return A_R * jax.nn.sigmoid(-log_lambda) - A_C * jax.nn.sigmoid(log_lambda)
 
 
 def combined_reward(
     rewards: jax.Array,
     costs: jax.Array,
     *,
-    multiplier: float | jax.Array,
+    log_multiplier: float | jax.Array,
     safe_first: float | None = None,
 ) -> jax.Array:
     """One number for each response, for methods without critics: GRPO and ES.
 
     R − λ C,  with safe_first:  (min(R, f R) if C > 0 else R) − λ C
 
+    λ is exp of what `lagrangian_update` gives; for a fixed one pass its logarithm.
     The code cited below has f R for a negative R too, which is above R: a reward for
     being unsafe. The minimum keeps such an R as it is.
 
     Args:
       rewards: float [B], R, of whole responses; any shape.
       costs: float, the shape of rewards, C; positive is unsafe.
-      multiplier: λ, at least 0, a number or a scalar array; it gets no gradient.
+      log_multiplier: log λ, a number or a scalar array; it gets no gradient. −inf is
+        λ = 0.
       safe_first: f, what an unsafe response keeps of a positive reward, in [0, 1]:
         with 0 an unsafe one earns nothing by being helpful. None leaves the rewards
         alone.
@@ -196,8 +199,8 @@ def combined_reward(
       float32, the shape of rewards, in units of the reward.
 
     Raises:
-      ValueError: the arrays differ in shape, f lies outside [0, 1], or λ is negative
-        or not a scalar.
+      ValueError: the arrays differ in shape, f lies outside [0, 1], or log λ is not a
+        scalar.
 
     References:
       Reward shaping by a fixed λ: Dai et al. 2023, https://arxiv.org/abs/2310.12773
@@ -205,20 +208,15 @@ def combined_reward(
     """
     check_same_shape(rewards=rewards, costs=costs)
     check_range("safe_first", safe_first, 0.0, 1.0)
-    lam = _multiplier(multiplier)
+    # At most the largest float32: exp(log λ) is inf from log λ = 89 on.
+    lam = jnp.minimum(jnp.exp(_log_multiplier(log_multiplier)), MAX)
     R, C = float32(rewards), float32(costs)
     if safe_first is not None:
         R = jnp.where(C > 0, jnp.minimum(R, safe_first * R), R)
     return R - lam * C
 
 
-def _multiplier(multiplier):
-    """λ, at most the largest float32: exp(log λ) is inf from log λ = 89 on."""
-    _check_scalars(multiplier=multiplier)
-    check_range("multiplier", multiplier, 0.0, MAX)
-    return jax.lax.stop_gradient(jnp.minimum(float32(multiplier), MAX))
-
-
-def _check_scalars(**arguments):
-    for name, x in arguments.items():
-        check_shape(name, x, (), "a scalar")
+def _log_multiplier(log_multiplier):
+    check_scalars(log_multiplier=log_multiplier)
+    check_range("log_multiplier", log_multiplier, -INF, INF)
+    return jax.lax.stop_gradient(float32(log_multiplier))

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses._checks import (
-    boolean,
+    INF,
+    check_labels,
     check_range,
     check_rank,
     check_same_shape,
     check_shape,
     float32,
+    is_zero,
+    mask_or_all,
 )
 from rlhf_jax.losses.preference import bradley_terry
 
@@ -58,25 +61,23 @@ def cost_model_loss(
       https://github.com/PKU-Alignment/safe-rlhf
     """
     check_rank("B", safer_cost=safer_cost)
-    given = {} if mask is None else {"mask": mask}
     check_same_shape(
         safer_cost=safer_cost,
         unsafer_cost=unsafer_cost,
         safer_is_safe=safer_is_safe,
         unsafer_is_safe=unsafer_is_safe,
-        **given,
     )
-    _check_labels(safer_is_safe=safer_is_safe, unsafer_is_safe=unsafer_is_safe)
-    check_range("regularization", regularization, 0.0, float("inf"))
+    mask = mask_or_all(mask, "safer_cost", safer_cost)
+    check_labels(safer_is_safe=safer_is_safe, unsafer_is_safe=unsafer_is_safe)
+    check_range("regularization", regularization, 0.0, INF)
 
-    mask = jnp.ones(np.shape(safer_cost), bool) if mask is None else boolean(mask)
     C_s, C_u = (jnp.where(mask, float32(x), 0.0) for x in (safer_cost, unsafer_cost))
     s_s, s_u = (1.0 - 2.0 * float32(x) for x in (safer_is_safe, unsafer_is_safe))
     order = bradley_terry(C_u, C_s, mask, centering=0.0)
     signs = -jax.nn.log_sigmoid(s_s * C_s) - jax.nn.log_sigmoid(s_u * C_u)
     loss = order + signs
     # With κ = 0 no square is taken: one that overflows is nan when times zero.
-    if not isinstance(regularization, (int, float)) or regularization:
+    if not is_zero(regularization):
         loss = loss + regularization * 0.5 * (jnp.square(C_s) + jnp.square(C_u))
     return jnp.where(mask, loss, 0.0)
 
@@ -130,11 +131,3 @@ def cost_model_token_loss(
         regularization=regularization,
     )
     return loss.reshape(B, T)
-
-
-def _check_labels(**labels):
-    """Raise ValueError unless all are bool: the signs ±1 would both count as safe."""
-    for name, is_safe in labels.items():
-        dtype = jnp.asarray(is_safe).dtype
-        if not jnp.issubdtype(dtype, jnp.bool_):
-            raise ValueError(f"{name} is {dtype}, expected bool, True = safe.")

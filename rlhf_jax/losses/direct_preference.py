@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
-    boolean,
     check_range,
     check_rank,
     check_same_shape,
     float32,
+    is_number,
+    is_zero,
+    mask_or_all,
 )
 from rlhf_jax.losses.dpo_types import LOSS_TYPES, Pairs
 
@@ -60,9 +63,12 @@ def dpo(
       ref_rejected_logprobs: float [B], log π_ref(y_l).
       mask: bool [B], True = a real pair; None when all are real.
       beta: β, above 0; a large one holds the policy to the reference.
-      loss_type: a key of `LOSS_TYPES`.
+      loss_type: a key of `LOSS_TYPES`: "sigmoid", "sigmoid_norm", "hinge", "ipo",
+        "ipo_sum", "exo_pair", "robust", "nca_pair", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop" or "sft".
       label_smoothing: ε in [0, ½], the probability that a label is wrong.
-      divergence: a key of `DIVERGENCES`, which gives f.
+      divergence: a key of `DIVERGENCES`, which gives f: "reverse_kl", "forward_kl",
+        "js" or "alpha".
       alpha: α in (0, 1] of the divergence "alpha".
       tau: τ of "discopop", above 0; 0.05 in its paper.
       chosen_lengths: [B], tokens of y_w, for the types that average over tokens.
@@ -81,7 +87,7 @@ def dpo(
     """
     given = (chosen_lengths, rejected_lengths, weights)
     _check_options(loss_type, label_smoothing, divergence, alpha, tau, *given)
-    check_range("beta", beta, TINY, float("inf"))
+    check_range("beta", beta, TINY, INF)
     check_rank("B", chosen_logprobs=chosen_logprobs)
     arrays = {
         "chosen_logprobs": chosen_logprobs,
@@ -91,11 +97,11 @@ def dpo(
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
         "weights": weights,
-        "mask": mask,
     }
     check_same_shape(**{name: x for name, x in arrays.items() if x is not None})
+    mask = mask_or_all(mask, "chosen_logprobs", chosen_logprobs)
     f = _slope(divergence, alpha)
-    pairs = _clean(arrays, f=f, beta=beta, epsilon=label_smoothing, tau=tau)
+    pairs = _clean(arrays, mask, f=f, beta=beta, epsilon=label_smoothing, tau=tau)
     loss = LOSS_TYPES[loss_type].function(pairs)
     if weights is not None:
         loss = jnp.where(pairs.mask, float32(weights), 1.0) * loss
@@ -106,6 +112,12 @@ def reverse_kl(s: jax.Array) -> jax.Array:
     """f′ of KL(π ‖ π_ref), that of DPO.
 
     f′(u) = log u = s   (+ 1, which cancels in a difference)
+
+    Args:
+      s: float32 [B], log u, the log-ratio of the policy over the reference.
+
+    Returns:
+      float32 [B], in nats.
     """
     return s
 
@@ -114,6 +126,12 @@ def forward_kl(s: jax.Array) -> jax.Array:
     """f′ of KL(π_ref ‖ π): the α-divergence of α = 1.
 
     f′(u) = 1 − 1/u
+
+    Args:
+      s: float32 [B], log u, the log-ratio of the policy over the reference.
+
+    Returns:
+      float32 [B], at most 1.
     """
     return alpha_divergence(s, alpha=1.0)
 
@@ -122,6 +140,12 @@ def js(s: jax.Array) -> jax.Array:
     """f′ of the Jensen-Shannon divergence.
 
     f′(u) = log(2u / (1 + u)) = log 2 + log σ(s)
+
+    Args:
+      s: float32 [B], log u, the log-ratio of the policy over the reference.
+
+    Returns:
+      float32 [B] in nats, at most log 2.
     """
     return float(np.log(2.0)) + jax.nn.log_sigmoid(s)
 
@@ -133,11 +157,18 @@ def alpha_divergence(s: jax.Array, *, alpha: float) -> jax.Array:
 
     The exponent −α s is clamped from above at 80, beyond which there is no gradient.
     α is that of the paper: TRL 1.16 writes 1 − α for it.
+
+    Args:
+      s: float32 [B], log u, the log-ratio of the policy over the reference.
+      alpha: α, above 0.
+
+    Returns:
+      float32 [B], at most 1/α.
     """
     return -jnp.expm1(jnp.minimum(-alpha * s, MAX_EXPONENT)) / alpha
 
 
-# Wang et al. 2023 (f-DPO), table 1, https://arxiv.org/abs/2309.16240
+# By the name that `dpo` takes. Wang et al. 2023 (f-DPO), table 1, https://arxiv.org/abs/2309.16240
 DIVERGENCES = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
@@ -151,11 +182,8 @@ def _slope(divergence, alpha):
     return function if alpha is None else functools.partial(function, alpha=alpha)
 
 
-def _clean(arrays, **numbers):
+def _clean(arrays, mask, **numbers):
     """`Pairs` from the arrays of `dpo`: harmless numbers where masked."""
-    mask = arrays["mask"]
-    shape = np.shape(arrays["chosen_logprobs"])
-    mask = jnp.ones(shape, bool) if mask is None else boolean(mask)
 
     def logprobs(name):
         return jnp.where(mask, float32(arrays[f"{name}_logprobs"]), 0.0)
@@ -199,12 +227,12 @@ def _check_options(
         )
 
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    number = isinstance(label_smoothing, (int, float))
-    if not kind.smooths and not (number and label_smoothing == 0):
+    if not kind.smooths and not is_zero(label_smoothing):
         fail("label_smoothing", label_smoothing, "0")
-    if loss_type == "exo_pair" and number and label_smoothing == 0:
+    if loss_type == "exo_pair" and is_zero(label_smoothing):
         fail("label_smoothing", label_smoothing, "a number above 0")
-    if loss_type == "robust" and number and label_smoothing == 0.5:
+    half = is_number(label_smoothing) and label_smoothing == 0.5
+    if loss_type == "robust" and half:
         fail("label_smoothing", label_smoothing, "a number below 0.5")
     if divergence != "reverse_kl" and not kind.diverges:
         fail("divergence", repr(divergence), "'reverse_kl'")
@@ -216,7 +244,7 @@ def _check_options(
     check_range("alpha", alpha, TINY, 1.0)
     if (tau is None) == (loss_type == "discopop"):
         fail("tau", tau, "a number" if tau is None else "None")
-    check_range("tau", tau, TINY, float("inf"))
+    check_range("tau", tau, TINY, INF)
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     for name in kind.lengths:
         if lengths[name] is None:

@@ -13,19 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses._checks import (
+    INF,
+    MAX,
     TINY,
+    check_float,
+    check_integer,
     check_range,
     check_rank,
     check_same_shape,
+    check_scalars,
     check_shape,
     float32,
+    is_number,
 )
-from rlhf_jax.losses._trees import check_float, check_same_structure, named_leaves
+from rlhf_jax.losses._trees import check_same_structure, named_leaves
 from rlhf_jax.losses.perturbations import (
     EXACT,
     FROZEN,
     FULL,
-    INF,
     LowRank,
     leaf_keys,
     low_rank_noise,
@@ -54,12 +59,15 @@ def evolution_gradient(
     antithetic pair, the even member with F₂ₖ − F₂ₖ₊₁ gives both for half the work.
 
     Args:
-      params, key, antithetic, ranks: as in `perturbation`, and as they were there.
+      params: the tree that was perturbed; only its shapes matter.
+      key: the key of the perturbations.
       members: int [n], ids; all of them, or those of this device.
       fitness: float [n], Fᵢ of these members, shaped over the whole population.
       sigma: σ, above 0; 1 for "ES at scale", which leaves the 1/σ to its step α.
       population_size: N, on all devices, at least n; even if antithetic. A member whose
         fitness was masked counts: it adds zero, so ĝ is smaller by their share.
+      antithetic: whether members 2k and 2k + 1 were a pair.
+      ranks: those of the perturbations, an int for each leaf; None for full noise.
 
     Returns:
       a tree like params, float32. Ascend it; an optimizer that descends wants −ĝ.
@@ -75,14 +83,12 @@ def evolution_gradient(
     """
     check_rank("n", members=members)
     check_same_shape(members=members, fitness=fitness)
+    check_integer("members", members)
     members = jnp.asarray(members)
-    if not jnp.issubdtype(members.dtype, jnp.integer):
-        raise ValueError(f"members is {members.dtype}, expected an integer dtype.")
-    check_shape("sigma", sigma, (), "a scalar")
+    check_scalars(sigma=sigma, population_size=population_size)
     check_range("sigma", sigma, TINY, INF)
     check_range("population_size", population_size, len(members), INF)
-    known = isinstance(population_size, (int, float, np.number))
-    if antithetic and known and population_size % 2:
+    if antithetic and is_number(population_size) and population_size % 2:
         raise ValueError(
             f"population_size is {population_size}, expected an even one of pairs."
         )
@@ -102,7 +108,8 @@ def evolution_update(params: Any, gradient: Any, *, lr: float | jax.Array) -> An
     weights in float32, update those, and cast a copy.
 
     Args:
-      params, gradient: θ and the ĝ of the whole population, trees of float arrays.
+      params: θ, a tree of float arrays.
+      gradient: ĝ of the whole population, a tree like params.
       lr: α, at least 0; the α of "ES at scale" is this α / σ if ĝ has its 1/σ.
 
     Returns:
@@ -115,8 +122,8 @@ def evolution_update(params: Any, gradient: Any, *, lr: float | jax.Array) -> An
     References:
       Qiu et al. 2025 ("ES at scale"), https://arxiv.org/abs/2509.24372
     """
-    check_shape("lr", lr, (), "a scalar")
-    check_range("lr", lr, 0.0, float(np.finfo(np.float32).max))
+    check_scalars(lr=lr)
+    check_range("lr", lr, 0.0, MAX)
     thetas, steps = _arrays("params", params), _arrays("gradient", gradient)
     check_same_structure("gradient", gradient, params)
     for (name, theta), (other, g) in zip(thetas.items(), steps.items(), strict=True):

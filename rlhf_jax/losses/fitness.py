@@ -5,16 +5,16 @@ N members of a population, G of a group.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses import masked
 from rlhf_jax.losses._checks import (
+    MAX,
     TINY,
-    boolean,
     check_range,
     check_rank,
-    check_same_shape,
+    check_whole,
     float32,
+    mask_or_all,
 )
 
 
@@ -52,15 +52,12 @@ def z_score(
       Groups: Sarkar et al. 2025 (EGGROLL), https://arxiv.org/abs/2511.16652
     """
     fitness, mask = _real(fitness, mask)
-    check_range("eps", eps, TINY, float(np.finfo(np.float32).max))
+    check_range("eps", eps, TINY, MAX)
     N = len(fitness)
+    if group_size is not None:
+        divides = f" that divides the {N} members"
+        check_whole("group_size", group_size, 2, divides, multiple=N)
     G = N if group_size is None else group_size
-    whole = isinstance(G, (int, np.integer)) and (G >= 2 or group_size is None)
-    if not whole or N % G:
-        raise ValueError(
-            f"group_size is {G!r}, expected a whole number of at least 2 that divides "
-            f"the {N} members."
-        )
     variance = masked.mean(jnp.square(_center(fitness, mask)), mask)
     centered = _center(fitness.reshape(-1, G), mask.reshape(-1, G)).reshape(N)
     return centered * jax.lax.rsqrt(variance + eps)
@@ -99,9 +96,7 @@ def centered_ranks(fitness: jax.Array, mask: jax.Array | None = None) -> jax.Arr
 def _real(fitness, mask):
     """Both as float32 and bool, checked, with zero where masked and no gradient."""
     check_rank("N", fitness=fitness)
-    mask = jnp.ones(np.shape(fitness), bool) if mask is None else mask
-    check_same_shape(fitness=fitness, mask=mask)
-    mask = boolean(mask)
+    mask = mask_or_all(mask, "fitness", fitness)
     return jax.lax.stop_gradient(jnp.where(mask, float32(fitness), 0.0)), mask
 
 

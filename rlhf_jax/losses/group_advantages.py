@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
     boolean,
     check_range,
     check_rank,
-    check_same_shape,
     check_shape,
+    check_whole,
     float32,
+    is_number,
+    mask_or_all,
 )
 
 SCALES = ("group", "batch", "none")
@@ -61,7 +64,7 @@ def group_relative(
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}, expected one of {', '.join(SCALES)}.")
-    check_range("eps", eps, TINY, float("inf"))
+    check_range("eps", eps, TINY, INF)
     rewards, mask = _in_groups(rewards, mask, group_size)
     deviations = _deviations(rewards, float32(mask))
     if scale == "group":
@@ -129,7 +132,7 @@ def opo(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> jax.Array:
     """
     check_rank("B T", mask=mask)
     check_shape("rewards", rewards, np.shape(mask)[:1], "the B of mask")
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     rewards, _ = _in_groups(rewards, mask.any(1), group_size)
     lengths = float32(mask).sum(1).reshape(rewards.shape)
     return _deviations(rewards, lengths).reshape(-1)
@@ -160,28 +163,22 @@ def overlong_penalty(
       DAPO, Yu et al. 2025, equation 13, https://arxiv.org/abs/2503.14476
     """
     check_rank("B", lengths=lengths)
-    check_range("buffer", buffer, TINY, float("inf"))
-    if isinstance(buffer, (int, float)):
-        check_range("max_length", max_length, buffer, float("inf"))
-    check_range("factor", factor, 0.0, float("inf"))
-    left = (max_length - buffer) - float32(lengths)
-    return factor * jnp.clip(left / buffer, -1.0, 0.0)
+    check_range("buffer", buffer, TINY, INF)
+    check_range("max_length", max_length, buffer if is_number(buffer) else TINY, INF)
+    check_range("factor", factor, 0.0, INF)
+    left = float32(max_length - buffer) - float32(lengths)
+    return float32(factor) * jnp.clip(left / float32(buffer), -1.0, 0.0)
 
 
 def _in_groups(rewards, mask, group_size):
     """Rewards and mask as float32 and bool [B/G, G]."""
     check_rank("B", rewards=rewards)
-    if mask is None:
-        mask = jnp.ones(np.shape(rewards), bool)
-    check_same_shape(rewards=rewards, mask=mask)
+    mask = mask_or_all(mask, "rewards", rewards)
     B = np.shape(rewards)[0]
-    if group_size < 2 or B % group_size:
-        raise ValueError(
-            f"group_size is {group_size}, expected a whole number of at least 2 that "
-            f"divides the {B} rows of rewards."
-        )
+    divides = f" that divides the {B} rows of rewards"
+    check_whole("group_size", group_size, 2, divides, multiple=B)
     shape = (B // group_size, group_size)
-    return float32(rewards).reshape(shape), boolean(mask).reshape(shape)
+    return float32(rewards).reshape(shape), mask.reshape(shape)
 
 
 def _deviations(rewards, weights):

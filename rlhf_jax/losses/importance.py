@@ -15,7 +15,13 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import kl as kl_estimates
 from rlhf_jax.losses import masked
-from rlhf_jax.losses._checks import boolean, check_range, check_rank, check_same_shape
+from rlhf_jax.losses._checks import (
+    INF,
+    boolean,
+    check_range,
+    check_rank,
+    check_same_shape,
+)
 
 LEVELS = ("token", "sequence")
 MODES = ("truncate", "mask")
@@ -78,15 +84,14 @@ def importance_weights(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
     check_range("low", low, 0.0, 1.0)
-    check_range("high", high, 1.0, float("inf"))
+    check_range("high", high, 1.0, INF)
 
     log_ratio = kl_estimates.k1(old_logprobs, rollout_logprobs, mask)
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     if level == "sequence":
         total = masked.sum(log_ratio, mask, axis=1)
         log_ratio = jnp.broadcast_to(total[:, None], mask.shape)
-    limit = kl_estimates.MAX_LOG_RATIO
-    ratio = jnp.exp(jnp.clip(log_ratio, -limit, limit))
+    ratio = kl_estimates.ratio(log_ratio)
     if mode == "truncate":
         weights = jnp.clip(ratio, low, high)
     else:

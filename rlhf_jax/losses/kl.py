@@ -17,17 +17,21 @@ Use as a module: `kl.k3(logprobs, ref_logprobs, mask)`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.losses._checks import (
     boolean,
+    check_float,
     check_rank,
     check_same_shape,
     check_shape,
     float32,
+    given_mask,
 )
 from rlhf_jax.losses._chunks import (
     cap_and_scale,
     count_chunks,
+    keep_real,
     make_options,
     map_chunks,
     unembed,
@@ -165,7 +169,7 @@ def straight_through(
     """
     check_same_shape(logprobs=logprobs, value=value)
     gradient = k2(logprobs, ref_logprobs, mask)
-    value = jnp.where(boolean(mask), float32(value), 0.0)
+    value = jnp.where(boolean("mask", mask), float32(value), 0.0)
     # x − x is exactly zero, so the value keeps every bit.
     return jax.lax.stop_gradient(value) + (gradient - jax.lax.stop_gradient(gradient))
 
@@ -207,6 +211,23 @@ def estimate(
     return straight_through(value, logprobs, ref_logprobs, mask)
 
 
+def ratio(log_ratio: jax.Array) -> jax.Array:
+    """The ratio of two policies from its logarithm, which is clamped.
+
+    r = exp(clip(d, −20, 20))
+
+    Args:
+      log_ratio: float, of any shape: `k1`, or sums of it.
+
+    Returns:
+      float32, the shape of log_ratio; without gradient where d is clamped.
+
+    References:
+      OpenRLHF, https://github.com/OpenRLHF/OpenRLHF
+    """
+    return jnp.exp(jnp.clip(float32(log_ratio), -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
 def exact(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -241,13 +262,18 @@ def exact(
       float32 [B, T] in nats, not below 0 but for round-off; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+      ValueError: a shape does not fit, an array is not float, or a hyper-parameter is
+        out of range.
 
     References:
       Kullback and Leibler 1951, equation 2.4, https://doi.org/10.1214/aoms/1177729694
     """
     check_rank("B T D", hidden=hidden, ref_hidden=ref_hidden)
     check_rank("V D", unembedding=unembedding, ref_unembedding=ref_unembedding)
+    for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        check_float(name, x)
+    check_float("unembedding", unembedding)
+    check_float("ref_unembedding", ref_unembedding)
     B, T, D = hidden.shape
     V = unembedding.shape[0]
     check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
@@ -262,14 +288,9 @@ def exact(
         z_ref = unembed(h_ref, ref_unembedding.astype(h_ref.dtype))
         return _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
 
-    if mask is None:
-        return map_chunks(chunk, options, hidden, ref_hidden)
-    check_shape("mask", mask, (B, T), "the [B, T] of hidden")
-    mask = boolean(mask)
-    states = (
-        jnp.where(mask[..., None], h, jnp.zeros_like(h)) for h in (hidden, ref_hidden)
-    )
-    return jnp.where(mask, map_chunks(chunk, options, *states), 0.0)
+    mask = given_mask(mask, (B, T), "the [B, T] of hidden")
+    states = (keep_real(h, mask) for h in (hidden, ref_hidden))
+    return keep_real(map_chunks(chunk, options, *states), mask)
 
 
 def exact_from_logits(
@@ -306,14 +327,10 @@ def exact_from_logits(
     check_rank("B T V", logits=logits)
     check_same_shape(logits=logits, ref_logits=ref_logits)
     options = make_options(temperature, logit_softcap)
-    z, z_ref = float32(logits), float32(ref_logits)
-    if mask is None:
-        return _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
-    check_shape("mask", mask, logits.shape[:2], "the [B, T] of logits")
-    mask = boolean(mask)
-    z, z_ref = (jnp.where(mask[..., None], x, 0.0) for x in (z, z_ref))
+    mask = given_mask(mask, np.shape(logits)[:2], "the [B, T] of logits")
+    z, z_ref = (keep_real(float32(x), mask) for x in (logits, ref_logits))
     kl = _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
-    return jnp.where(mask, kl, 0.0)
+    return keep_real(kl, mask)
 
 
 def _divergence(z, z_ref):
@@ -327,4 +344,6 @@ def _divergence(z, z_ref):
 
 def _log_ratio(logprobs, ref_logprobs, mask):
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
-    return jnp.where(boolean(mask), float32(logprobs) - float32(ref_logprobs), 0.0)
+    return jnp.where(
+        boolean("mask", mask), float32(logprobs) - float32(ref_logprobs), 0.0
+    )

@@ -12,17 +12,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.losses._checks import (
-    boolean,
+    check_float,
+    check_integer,
     check_rank,
     check_shape,
+    check_whole,
     float32,
+    given_mask,
 )
 from rlhf_jax.losses._chunks import (
     cap_and_scale,
     count_chunks,
     join,
+    keep_real,
     make_options,
     split,
     unembed,
@@ -76,8 +81,8 @@ def token_logprobs(
       (logprobs, entropy), both float32 [B, T] in nats; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit, targets are not integers, or a
-        hyper-parameter is out of range.
+      ValueError: a shape does not fit, hidden or unembedding is not float, targets are
+        not integers, or a hyper-parameter is out of range.
 
     References:
       Label smoothing: Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567
@@ -86,19 +91,20 @@ def token_logprobs(
     """
     check_rank("B T D", hidden=hidden)
     check_rank("V D", unembedding=unembedding)
+    check_float("hidden", hidden)
+    check_float("unembedding", unembedding)
     B, T, D = hidden.shape
     V = unembedding.shape[0]
     check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
-    _check_targets(targets, mask, (B, T), "the [B, T] of hidden")
-    if batch_shards < 1 or B % batch_shards:
-        raise ValueError(f"batch_shards is {batch_shards}, expected a divisor of {B}.")
+    _check_targets(targets, (B, T), "the [B, T] of hidden")
+    mask = given_mask(mask, (B, T), "the [B, T] of hidden")
+    divides = f" that divides the {B} rows of hidden"
+    check_whole("batch_shards", batch_shards, 1, divides, multiple=B)
     num_chunks = count_chunks(chunk_size, T)
     options = make_options(temperature, logit_softcap, label_smoothing)
     options = options._replace(num_chunks=num_chunks, batch_shards=batch_shards)
 
-    if mask is not None:
-        mask = boolean(mask)
-        hidden = jnp.where(mask[..., None], hidden, jnp.zeros_like(hidden))
+    hidden = keep_real(hidden, mask)
     targets = jnp.asarray(targets).astype(jnp.int32)
     logprobs, entropy = _token_logprobs(options, hidden, unembedding, targets)
     return _finish(logprobs, entropy, targets, mask, V)
@@ -141,34 +147,25 @@ def logprobs_from_logits(
       As `token_logprobs`.
     """
     check_rank("B T V", logits=logits)
-    _check_targets(targets, mask, logits.shape[:2], "the [B, T] of logits")
+    _check_targets(targets, np.shape(logits)[:2], "the [B, T] of logits")
+    mask = given_mask(mask, np.shape(logits)[:2], "the [B, T] of logits")
     options = make_options(temperature, logit_softcap, label_smoothing)
-    logits = float32(logits)
-    if mask is not None:
-        mask = boolean(mask)
-        logits = jnp.where(mask[..., None], logits, 0.0)
+    logits = keep_real(float32(logits), mask)
     targets = jnp.asarray(targets).astype(jnp.int32)
     z = cap_and_scale(logits, options)
     logprobs, entropy, _ = _statistics(z, targets, options)
     return _finish(logprobs, entropy, targets, mask, logits.shape[-1])
 
 
-def _check_targets(targets, mask, expected, source):
+def _check_targets(targets, expected, source):
     check_shape("targets", targets, expected, source)
-    if not jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
-        raise ValueError(
-            f"targets has dtype {jnp.asarray(targets).dtype}, expected an integer."
-        )
-    if mask is not None:
-        check_shape("mask", mask, expected, source)
+    check_integer("targets", targets)
 
 
 def _finish(logprobs, entropy, targets, mask, V):
     # A label of -100 that no mask covers must not pass for a log-probability.
     logprobs = jnp.where((targets >= 0) & (targets < V), logprobs, jnp.nan)
-    if mask is None:
-        return logprobs, entropy
-    return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
+    return keep_real(logprobs, mask), keep_real(entropy, mask)
 
 
 def _target_weights(targets, V, options):

@@ -10,7 +10,14 @@ Use as a module, for the names are those of numpy: `masked.mean(x, mask)`.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import boolean, check_same_shape, float32
+from rlhf_jax.losses._checks import (
+    MAX,
+    TINY,
+    boolean,
+    check_range,
+    check_same_shape,
+    float32,
+)
 
 
 def sum_and_count(
@@ -40,7 +47,7 @@ def sum_and_count(
       equation 8, https://arxiv.org/abs/2503.14476
     """
     check_same_shape(x=x, mask=mask)
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     kept = jnp.where(mask, float32(x), 0.0)
     return kept.sum(axis), mask.astype(jnp.float32).sum(axis)
 
@@ -84,7 +91,7 @@ def mean(x: jax.Array, mask: jax.Array, *, axis: int | None = None) -> jax.Array
     return total / jnp.maximum(count, 1.0)
 
 
-def var(x: jax.Array, mask: jax.Array) -> jax.Array:
+def var(x: jax.Array, mask: jax.Array, *, axis: int | None = None) -> jax.Array:
     """Variance of the real entries, biased: the divisor is the count.
 
     σ² = Σᵢ mᵢ (xᵢ − μ)² / Σᵢ mᵢ
@@ -92,17 +99,20 @@ def var(x: jax.Array, mask: jax.Array) -> jax.Array:
     Args:
       x: float [B, T] or any other shape.
       mask: bool, the shape of x; True = a real entry.
+      axis: the axis to reduce; None reduces all.
 
     Returns:
-      float32 scalar; zero where nothing is real.
+      float32, a scalar when axis is None; zero where nothing is real.
 
     Raises:
       ValueError: x and mask differ in shape.
     """
     check_same_shape(x=x, mask=mask)
     # The inner `where` keeps masked nan out of the square's gradient.
-    kept = jnp.where(boolean(mask), float32(x), 0.0)
-    return mean(jnp.square(kept - mean(x, mask)), mask)
+    kept = jnp.where(boolean("mask", mask), float32(x), 0.0)
+    center = mean(x, mask, axis=axis)
+    center = center if axis is None else jnp.expand_dims(center, axis)
+    return mean(jnp.square(kept - center), mask, axis=axis)
 
 
 def whiten(
@@ -120,20 +130,21 @@ def whiten(
         (shift_mean=False, which keeps what the sign of a reward means).
       mask: bool, the shape of x; True = a real entry.
       shift_mean: whether the result has mean zero; if not, x's own mean is kept.
-      eps: added to the variance.
+      eps: ε, above 0: added to the variance.
 
     Returns:
       float32, the shape of x; zero in masked slots.
 
     Raises:
-      ValueError: x and mask differ in shape.
+      ValueError: x and mask differ in shape, or ε is not positive.
 
     References:
       Huang et al. 2024, details of whitening (biased variance, eps 1e-8),
       https://arxiv.org/abs/2403.17031
     """
     check_same_shape(x=x, mask=mask)
-    mask = boolean(mask)
+    check_range("eps", eps, TINY, MAX)
+    mask = boolean("mask", mask)
     # Seen from the largest, equal entries are exactly zero: the rounding error of their
     # mean would be blown up by 1/√ε.
     top = jax.lax.stop_gradient(

@@ -7,7 +7,8 @@ leaves of one shape get different noise. θ is never changed and changed back, w
 drifts: perturbed weights are new arrays.
 
 `ranks` says what noise each leaf gets, as a tree like the params with an int at each
-leaf. R ≥ 1: of rank R on the last two axes, `[in, out]`; `[L, in, out]` is L matrices.
+leaf: `jax.tree.map(lambda leaf: 4 if leaf.ndim > 1 else FULL, params)`.
+R ≥ 1: of rank R on the last two axes, `[in, out]`; `[L, in, out]` is L matrices.
 FULL: a normal number for each weight; the right one for vectors stacked to `[L, D]`.
 FROZEN: none. `ranks=None` is FULL everywhere.
 """
@@ -18,10 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.losses._checks import check_range, check_rank, check_shape, float32
-from rlhf_jax.losses._trees import check_float, check_same_structure, named_leaves
+from rlhf_jax.losses._checks import (
+    INF,
+    check_float,
+    check_integer,
+    check_range,
+    check_rank,
+    check_scalars,
+    check_shape,
+    check_whole,
+    float32,
+)
+from rlhf_jax.losses._trees import check_same_structure, named_leaves
 
-FULL, FROZEN, INF = 0, -1, float("inf")
+FULL, FROZEN = 0, -1
 # An accelerator's default rounds float32 to 10 bits; thin products cost little.
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -81,8 +92,11 @@ def perturb(
 
     Args:
       params: θ, a tree of float arrays.
-      key, member, antithetic, ranks: as in `perturbation`.
+      key: a threefry key (JAX's default), for example fold_in(root, iteration).
+      member: its id, an int scalar, at least 0.
       sigma: σ, at least 0, in units of the weights.
+      antithetic: whether members 2k and 2k + 1 are a pair with the noise z and −z.
+      ranks: an int for each leaf, as the module says.
 
     Returns:
       a tree like params, of the same dtypes. A small σ ε is lost in the 8 bits of
@@ -94,7 +108,7 @@ def perturb(
     References:
       Salimans et al. 2017, algorithm 2, https://arxiv.org/abs/1703.03864
     """
-    check_shape("sigma", sigma, (), "a scalar")
+    check_scalars(sigma=sigma)
     check_range("sigma", sigma, 0.0, INF)
     noise = perturbation(params, key, member, antithetic=antithetic, ranks=ranks)
 
@@ -116,21 +130,23 @@ def low_rank_noise(
     Args:
       key: the PRNG key of this matrix; another for each.
       shape: [..., D, O].
-      member, antithetic: as in `perturbation`.
-      rank: R, at least 1.
+      member: its id, an int scalar, at least 0.
+      rank: R, a whole number of at least 1.
+      antithetic: whether members 2k and 2k + 1 are a pair with the noise E and −E.
 
     Returns:
       `LowRank` of float32 [..., D, R] and [..., O, R].
 
     Raises:
-      ValueError: as in `perturbation`, the shape is no matrix, or R < 1.
+      ValueError: as in `perturbation`, the shape is no matrix, or R is no whole
+        number of at least 1.
 
     References:
       Sarkar et al. 2025 (EGGROLL), https://arxiv.org/abs/2511.16652
     """
     if len(shape) < 2:
         raise ValueError(f"shape is {tuple(shape)}, expected [..., in, out].")
-    check_range("rank", rank, 1, INF)
+    check_whole("rank", rank, 1)
     key, sign = member_key(key, member, antithetic=antithetic)
     key_A, key_B = jax.random.split(key)
     *stack, D, O = shape  # noqa: E741
@@ -195,7 +211,7 @@ def low_rank_matmul(
     check_shape("kernel", kernel, (D, O), "the D of x")
     check_shape("noise.A", noise.A, (N, D, R), "the N and D of x")
     check_shape("noise.B", noise.B, (N, O, R), "of x, kernel and noise.A")
-    check_shape("sigma", sigma, (), "a scalar")
+    check_scalars(sigma=sigma)
     check_range("sigma", sigma, 0.0, INF)
     kernel = jnp.asarray(kernel, jnp.asarray(x).dtype)
     shared = jnp.einsum("ntd,do->nto", x, kernel, preferred_element_type=jnp.float32)
@@ -225,6 +241,7 @@ def member_key(
     References:
       Pairs: Salimans et al. 2017, section 2.1, https://arxiv.org/abs/1703.03864
     """
+    check_integer("member", member)
     check_range("member", member, 0, 2**32 - 1)
     if str(jax.random.key_impl(key)) != "threefry2x32":
         # Others draw other numbers under vmap, so noise could not be made again.

@@ -14,13 +14,17 @@ import numpy as np
 
 from rlhf_jax.losses import kl as kl_estimates
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
     boolean,
+    check_labels,
     check_range,
     check_rank,
     check_same_shape,
+    check_scalars,
     check_shape,
     float32,
+    is_number,
 )
 
 
@@ -83,14 +87,13 @@ def clipped_surrogate(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
     )
     check_range("clip_low", clip_low, 0.0, 1.0)
-    check_range("clip_high", clip_high, 0.0, float("inf"))
-    check_range("dual_clip", dual_clip, 1.0, float("inf"))
+    check_range("clip_high", clip_high, 0.0, INF)
+    check_range("dual_clip", dual_clip, 1.0, INF)
 
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     log_ratio = kl_estimates.k1(logprobs, old_logprobs, mask)
     A = jnp.where(mask, float32(advantages), 0.0)
-    limit = kl_estimates.MAX_LOG_RATIO
-    ratio = jnp.exp(jnp.clip(log_ratio, -limit, limit))
+    ratio = kl_estimates.ratio(log_ratio)
 
     unclipped = -A * ratio
     bounded = -A * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -137,8 +140,8 @@ def clipped_value_loss(
       https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
     """
     check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    check_range("clip_range", clip_range, 0.0, float("inf"))
-    mask = boolean(mask)
+    check_range("clip_range", clip_range, 0.0, INF)
+    mask = boolean("mask", mask)
     V, V_old, R = (
         jnp.where(mask, float32(x), 0.0) for x in (values, old_values, returns)
     )
@@ -173,7 +176,7 @@ def kl_shaped_rewards(
       float32 [B, T] in units of the score; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit.
+      ValueError: a shape does not fit, or β is not a scalar.
 
     References:
       Ziegler et al. 2019, equation 2, https://arxiv.org/abs/1909.08593
@@ -183,7 +186,8 @@ def kl_shaped_rewards(
     check_same_shape(kl=kl, mask=mask)
     B, T = np.shape(kl)
     check_shape("scores", scores, (B,), "the B of kl")
-    mask = boolean(mask)
+    check_range("kl_coef", kl_coef, -INF, INF)
+    mask = boolean("mask", mask)
     penalties = -float32(kl_coef) * jnp.where(mask, float32(kl), 0.0)
     slots = jnp.arange(T)[None, :]
     last = jnp.where(mask, slots, -1).max(1, initial=-1)
@@ -211,15 +215,18 @@ def missing_eos_penalty(
       float32 [B], in units of the score.
 
     Raises:
-      ValueError: the arrays differ in shape.
+      ValueError: the arrays differ in shape, finished is not bool, or the penalty is
+        not a scalar.
 
     References:
       TRL, `missing_eos_penalty`, https://huggingface.co/docs/trl/ppo_trainer
       Replacement: Huang et al. 2024, https://arxiv.org/abs/2403.17031
     """
     check_same_shape(scores=scores, finished=finished)
+    check_labels(finished=finished)
+    check_range("penalty", penalty, -INF, INF)
     scores = float32(scores)
-    return jnp.where(boolean(finished), scores, scores - penalty)
+    return jnp.where(jnp.asarray(finished), scores, scores - float32(penalty))
 
 
 def adaptive_kl_coef(
@@ -254,11 +261,10 @@ def adaptive_kl_coef(
       h and n are of its code, where the paper writes K = n / h = 0.1:
       https://github.com/openai/lm-human-preferences
     """
-    check_shape("kl_coef", kl_coef, (), "a scalar")
-    check_shape("observed_kl", observed_kl, (), "a scalar")
-    check_range("target", target, TINY, float("inf"))
-    check_range("horizon", horizon, TINY, float("inf"))
-    if isinstance(horizon, (int, float)):
-        check_range("num_samples", num_samples, 0, 5 * horizon)
-    error = jnp.clip(float32(observed_kl) / target - 1.0, -0.2, 0.2)
-    return float32(kl_coef) * (1.0 + error * (num_samples / horizon))
+    check_scalars(kl_coef=kl_coef, observed_kl=observed_kl)
+    check_range("target", target, TINY, INF)
+    check_range("horizon", horizon, TINY, INF)
+    most = 5 * horizon if is_number(horizon) else INF
+    check_range("num_samples", num_samples, 0, most)
+    error = jnp.clip(float32(observed_kl) / float32(target) - 1.0, -0.2, 0.2)
+    return float32(kl_coef) * (1.0 + error * float32(num_samples / horizon))

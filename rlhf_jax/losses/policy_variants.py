@@ -32,6 +32,7 @@ import numpy as np
 from rlhf_jax.losses import kl as kl_estimates
 from rlhf_jax.losses import masked
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
     boolean,
     check_range,
@@ -185,7 +186,7 @@ def cispo(
     References:
       MiniMax 2025, equations 4 and 5, https://arxiv.org/abs/2506.13585
     """
-    check_range("ratio_max", ratio_max, 1.0, float("inf"))
+    check_range("ratio_max", ratio_max, 1.0, INF)
     check_range("ratio_min", ratio_min, 0.0, 1.0)
     ratio, A, mask, diagnostics = _token_ratio(logprobs, old_logprobs, advantages, mask)
     weight = jax.lax.stop_gradient(jnp.clip(ratio, ratio_min, ratio_max))
@@ -232,8 +233,8 @@ def sapo(
     References:
       Gao et al. 2025, equations 5 and 6, https://arxiv.org/abs/2511.20347
     """
-    check_range("tau_pos", tau_pos, TINY, float("inf"))
-    check_range("tau_neg", tau_neg, TINY, float("inf"))
+    check_range("tau_pos", tau_pos, TINY, INF)
+    check_range("tau_neg", tau_neg, TINY, INF)
     ratio, A, _, diagnostics = _token_ratio(logprobs, old_logprobs, advantages, mask)
     tau = jnp.where(A > 0, float32(tau_pos), float32(tau_neg))
     return -(4.0 / tau) * jax.nn.sigmoid(tau * (ratio - 1.0)) * A, diagnostics
@@ -298,10 +299,9 @@ def _token_ratio(logprobs, old_logprobs, advantages, mask):
     check_same_shape(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
     )
-    mask = boolean(mask)
+    mask = boolean("mask", mask)
     log_ratio = kl_estimates.k1(logprobs, old_logprobs, mask)
-    limit = kl_estimates.MAX_LOG_RATIO
-    ratio = jnp.exp(jnp.clip(log_ratio, -limit, limit))
+    ratio = kl_estimates.ratio(log_ratio)
     diagnostics = PolicyDiagnostics(
         ratio, jnp.zeros_like(mask), 0.5 * jnp.square(log_ratio)
     )

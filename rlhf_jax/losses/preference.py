@@ -11,12 +11,15 @@ import numpy as np
 
 from rlhf_jax.losses import kl, masked
 from rlhf_jax.losses._checks import (
+    INF,
     boolean,
     check_range,
     check_rank,
     check_same_shape,
     check_shape,
     float32,
+    is_zero,
+    mask_or_all,
 )
 
 
@@ -58,15 +61,16 @@ def bradley_terry(
       https://arxiv.org/abs/2212.08073
     """
     check_rank("B", chosen=chosen)
-    arrays = {"rejected": rejected, "mask": mask, "margin": margin}
-    given = {name: x for name, x in arrays.items() if x is not None}
-    check_same_shape(chosen=chosen, **given)
-    check_range("centering", centering, 0.0, float("inf"))
-    check_range("targets", targets, 0.0, 1.0)
-    if targets is not None and np.ndim(targets) != 0:
-        check_shape("targets", targets, np.shape(chosen), "the shape of chosen")
+    check_same_shape(chosen=chosen, rejected=rejected)
+    mask = mask_or_all(mask, "chosen", chosen)
+    if margin is not None:
+        check_same_shape(chosen=chosen, margin=margin)
+    check_range("centering", centering, 0.0, INF)
+    if np.ndim(targets) == 0:
+        check_range("targets", targets, 0.0, 1.0)
+    else:
+        check_same_shape(chosen=chosen, targets=targets)
 
-    mask = jnp.ones(np.shape(chosen), bool) if mask is None else boolean(mask)
     r_c, r_r, m, p = (
         jnp.where(mask, float32(x), 0.0)
         for x in (
@@ -79,7 +83,7 @@ def bradley_terry(
     x = r_c - r_r - m
     loss = -p * jax.nn.log_sigmoid(x) - (1.0 - p) * jax.nn.log_sigmoid(-x)
     # Without centering no square is taken: one that overflows is nan when times zero.
-    if not isinstance(centering, (int, float)) or centering:
+    if not is_zero(centering):
         loss = loss + centering * jnp.square(r_c + r_r)
     return jnp.where(mask, loss, 0.0)
 
@@ -155,7 +159,7 @@ def ld_logprobs(
     )
     check_range("alpha", alpha, 0.0, 1.0)
 
-    masks = boolean(chosen_mask), boolean(rejected_mask)
+    masks = boolean("chosen_mask", chosen_mask), boolean("rejected_mask", rejected_mask)
     n = jnp.minimum(*(mask.sum(1) for mask in masks))
     sums = []
     for logprobs, mask in zip((chosen_logprobs, rejected_logprobs), masks, strict=True):
@@ -244,20 +248,20 @@ def implicit_rewards(
       `PairRewards`.
 
     Raises:
-      ValueError: an array is not [B], or differs in shape.
+      ValueError: an array is not [B] or differs in shape, or β is not a scalar.
 
     References:
       Rafailov et al. 2023, section 5.1, https://arxiv.org/abs/2305.18290
     """
     check_rank("B", chosen_logprobs=chosen_logprobs)
-    mask = np.ones(np.shape(chosen_logprobs), bool) if mask is None else mask
     check_same_shape(
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
-        mask=mask,
     )
+    mask = mask_or_all(mask, "chosen_logprobs", chosen_logprobs)
+    check_range("beta", beta, -INF, INF)
     chosen = beta * kl.k1(chosen_logprobs, ref_chosen_logprobs, mask)
     rejected = beta * kl.k1(rejected_logprobs, ref_rejected_logprobs, mask)
     rewards = PairRewards(chosen, rejected, chosen - rejected, chosen > rejected)

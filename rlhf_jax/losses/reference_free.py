@@ -8,15 +8,16 @@ B pairs. y_w is the chosen response and y_l the rejected one.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
-    boolean,
     check_range,
     check_rank,
     check_same_shape,
     float32,
+    is_zero,
+    mask_or_all,
 )
 from rlhf_jax.losses.direct_preference import alpha_divergence
 from rlhf_jax.losses.preference import bradley_terry
@@ -52,7 +53,7 @@ def orpo(
     References:
       Hong et al. 2024, equations 6 and 7, https://arxiv.org/abs/2403.07691
     """
-    check_range("beta", beta, 0.0, float("inf"))
+    check_range("beta", beta, 0.0, INF)
     log_ratio = log_odds_ratio(chosen_logprobs, rejected_logprobs, mask)
     mask = _mask(chosen_logprobs, mask)
     log_p_w = jnp.where(mask, float32(chosen_logprobs), 0.0)
@@ -75,18 +76,20 @@ def log_odds_ratio(
       chosen_logprobs: float [B], log p_w, the mean over tokens; not above 0.
       rejected_logprobs: float [B], log p_l.
       mask: bool [B], True = a real pair; None when all are real.
-      eps: 1 − p is at least this: the odds of a certain response are infinite.
+      eps: in (0, 1): −log p is at least this, for the odds of a certain response are
+        infinite.
 
     Returns:
       float32 [B] in nats; zero in masked slots.
 
     Raises:
-      ValueError: an array is not [B], or differs in shape.
+      ValueError: an array is not [B] or differs in shape, or eps is out of range.
 
     References:
       Hong et al. 2024, equation 4, https://arxiv.org/abs/2403.07691
     """
     mask = _mask(chosen_logprobs, mask, rejected_logprobs=rejected_logprobs)
+    check_range("eps", eps, TINY, 1.0)
 
     def log_odds(logprobs):
         log_p = jnp.minimum(jnp.where(mask, float32(logprobs), -1.0), -eps)
@@ -131,9 +134,11 @@ def simpo(
       α: Gupta et al. 2025 (AlphaPO), https://arxiv.org/abs/2501.03884
     """
     mask = _mask(chosen_logprobs, mask, rejected_logprobs=rejected_logprobs)
-    check_range("beta", beta, TINY, float("inf"))
+    check_range("beta", beta, TINY, INF)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    if alpha == 0:
+    check_range("gamma", gamma, -INF, INF)
+    check_range("alpha", alpha, -INF, INF)
+    if is_zero(alpha):
         raise ValueError("alpha is 0, expected another number, or None for SimPO.")
 
     def reward(logprobs):
@@ -190,8 +195,8 @@ def cpo(
     """
     lengths = {} if chosen_lengths is None else {"chosen_lengths": chosen_lengths}
     mask = _mask(chosen_logprobs, mask, rejected_logprobs=rejected_logprobs, **lengths)
-    check_range("beta", beta, TINY, float("inf"))
-    check_range("nll_coef", nll_coef, 0.0, float("inf"))
+    check_range("beta", beta, TINY, INF)
+    check_range("nll_coef", nll_coef, 0.0, INF)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     logp_w, logp_l = (
         jnp.where(mask, float32(x), 0.0) for x in (chosen_logprobs, rejected_logprobs)
@@ -212,6 +217,5 @@ def cpo(
 def _mask(chosen_logprobs, mask, **others):
     """The mask as bool [B], after the shapes are checked."""
     check_rank("B", chosen_logprobs=chosen_logprobs)
-    mask = np.ones(np.shape(chosen_logprobs), bool) if mask is None else mask
-    check_same_shape(chosen_logprobs=chosen_logprobs, **others, mask=mask)
-    return boolean(mask)
+    check_same_shape(chosen_logprobs=chosen_logprobs, **others)
+    return mask_or_all(mask, "chosen_logprobs", chosen_logprobs)

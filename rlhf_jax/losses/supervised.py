@@ -60,5 +60,5 @@ def dft(logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
       Wu et al. 2025, https://arxiv.org/abs/2508.05629
     """
     check_same_shape(logprobs=logprobs, mask=mask)
-    logprobs = jnp.where(boolean(mask), float32(logprobs), 0.0)
+    logprobs = jnp.where(boolean("mask", mask), float32(logprobs), 0.0)
     return next_token_loss(jax.lax.stop_gradient(jnp.exp(logprobs)) * logprobs, mask)

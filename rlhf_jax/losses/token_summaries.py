@@ -6,13 +6,20 @@ B sequences, T tokens, C tokens of one chunk, D model, V vocabulary.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.losses._checks import boolean, check_range, check_rank, check_shape
+from rlhf_jax.losses._checks import (
+    check_float,
+    check_range,
+    check_rank,
+    check_shape,
+    check_whole,
+    given_mask,
+)
 from rlhf_jax.losses._chunks import (
     cap_and_scale,
     count_chunks,
+    keep_real,
     make_options,
     map_chunks,
     unembed,
@@ -60,11 +67,13 @@ def top_logprobs(
       `TopTokens`; gradients flow to `hidden` and `unembedding` from its logprobs.
 
     Raises:
-      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+      ValueError: a shape does not fit, an array is not float, or a hyper-parameter is
+        out of range.
 
     References:
       Sparse teachers: Kim and Rush 2016, section 3, https://arxiv.org/abs/1606.07947
     """
+    check_whole("k", k, 1)
     check_range("k", k, 1, np.shape(unembedding)[0])
 
     def summarize(z):
@@ -104,7 +113,8 @@ def log_sum_squares(
       float32 [B, T] in nats, not above 0; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit, or a hyper-parameter is out of range.
+      ValueError: a shape does not fit, an array is not float, or a hyper-parameter is
+        out of range.
 
     References:
       Zhou et al. 2024 (WPO), section 3.2, https://arxiv.org/abs/2406.11827
@@ -121,6 +131,8 @@ def _summaries(summarize, hidden, unembedding, mask, options, chunk_size):
     """What `summarize` makes of the logits [B, C, V] of each chunk, zero if masked."""
     check_rank("B T D", hidden=hidden)
     check_rank("V D", unembedding=unembedding)
+    check_float("hidden", hidden)
+    check_float("unembedding", unembedding)
     _, T, D = hidden.shape
     expected = (unembedding.shape[0], D)
     check_shape("unembedding", unembedding, expected, "[V, D] with the D of hidden")
@@ -130,14 +142,6 @@ def _summaries(summarize, hidden, unembedding, mask, options, chunk_size):
         logits = unembed(h, unembedding.astype(h.dtype))
         return summarize(cap_and_scale(logits, options))
 
-    if mask is None:
-        return map_chunks(chunk, options, hidden)
-    check_shape("mask", mask, hidden.shape[:2], "the [B, T] of hidden")
-    mask = boolean(mask)
-    hidden = jnp.where(mask[..., None], hidden, jnp.zeros_like(hidden))
-
-    def blank(x):
-        real = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
-        return jnp.where(real, x, jnp.zeros_like(x))
-
-    return jax.tree.map(blank, map_chunks(chunk, options, hidden))
+    mask = given_mask(mask, hidden.shape[:2], "the [B, T] of hidden")
+    summaries = map_chunks(chunk, options, keep_real(hidden, mask))
+    return jax.tree.map(lambda x: keep_real(x, mask), summaries)

@@ -5,18 +5,19 @@ B responses.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.losses import kl as kl_estimates
 from rlhf_jax.losses import masked
 from rlhf_jax.losses._checks import (
+    INF,
     TINY,
-    boolean,
+    check_labels,
     check_range,
     check_rank,
     check_same_shape,
-    check_shape,
+    check_scalars,
     float32,
+    mask_or_all,
 )
 
 
@@ -54,29 +55,29 @@ def kto(
       float32 [B] in [0, λ]; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit, or a number is out of range.
+      ValueError: a shape does not fit, a label is not bool, or a number is out of
+        range.
 
     References:
       Ethayarajh et al. 2024, section 4, https://arxiv.org/abs/2402.01306
     """
     check_rank("B", logprobs=logprobs)
-    mask = np.ones(np.shape(logprobs), bool) if mask is None else mask
-    check_same_shape(
-        logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable, mask=mask
-    )
-    check_shape("kl", kl, (), "a scalar")
-    check_range("beta", beta, TINY, float("inf"))
-    check_range("desirable_weight", desirable_weight, 0.0, float("inf"))
-    check_range("undesirable_weight", undesirable_weight, 0.0, float("inf"))
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
+    mask = mask_or_all(mask, "logprobs", logprobs)
+    check_labels(desirable=desirable)
+    check_scalars(kl=kl)
+    check_range("beta", beta, TINY, INF)
+    check_range("desirable_weight", desirable_weight, 0.0, INF)
+    check_range("undesirable_weight", undesirable_weight, 0.0, INF)
 
     s = kl_estimates.k1(logprobs, ref_logprobs, mask)
     z = jax.lax.stop_gradient(float32(kl))
-    desirable = boolean(desirable)
+    desirable = jnp.asarray(desirable)
     weight = jnp.where(
         desirable, float32(desirable_weight), float32(undesirable_weight)
     )
     gain = jnp.where(desirable, s - z, z - s)
-    return jnp.where(boolean(mask), weight * jax.nn.sigmoid(-beta * gain), 0.0)
+    return jnp.where(mask, weight * jax.nn.sigmoid(-beta * gain), 0.0)
 
 
 def kto_reference_point(
@@ -105,7 +106,8 @@ def kto_reference_point(
       Ethayarajh et al. 2024, section 4, https://arxiv.org/abs/2402.01306
     """
     check_rank("B", logprobs=logprobs)
-    mask = np.ones(np.shape(logprobs), bool) if mask is None else mask
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    mask = mask_or_all(mask, "logprobs", logprobs)
     s = kl_estimates.k1(logprobs, ref_logprobs, mask)
     return jax.lax.stop_gradient(jnp.maximum(masked.mean(s, mask), 0.0))
 
@@ -138,7 +140,8 @@ def apo_zero_unpaired(
       float32 [B] in [0, λ]; zero in masked slots.
 
     Raises:
-      ValueError: a shape does not fit, or a number is out of range.
+      ValueError: a shape does not fit, a label is not bool, or a number is out of
+        range.
 
     References:
       D'Oosterlinck et al. 2024, equation 7, https://arxiv.org/abs/2408.06266

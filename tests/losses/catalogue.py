@@ -119,7 +119,7 @@ def dpo(won, lost, ref_w, ref_l, n_w, n_l, weights, mask, *, loss_type, **option
 
 
 def smoothed(loss_type):
-    """The options that some loss types cannot do without."""
+    """What "discopop" and "exo_pair" cannot do without, and some others can have."""
     if loss_type == "discopop":
         return {"tau": 0.5}
     return (
@@ -160,6 +160,7 @@ KERNELS = {
     "masked.sum": Kernel(masked.sum, "xm"),
     "masked.mean": Kernel(masked.mean, "xm", whole_batch=True),
     "masked.var": Kernel(masked.var, "xm", whole_batch=True),
+    "masked.var of each row": Kernel(bind(masked.var, axis=1), "xm"),
     "masked.whiten": Kernel(
         bind(masked.whiten, shift_mean=True), "xm", whole_batch=True
     ),
@@ -243,7 +244,7 @@ KERNELS = {
         safe(losses.cost_model_token_loss), "xxXm"
     ),
     "constrained.combined_advantage": Kernel(
-        bind(constrained.combined_advantage, multiplier=1.5), "xxm"
+        bind(constrained.combined_advantage, log_multiplier=0.4), "xxm"
     ),
     "fitness.z_score": Kernel(fitness.z_score, "XM", whole_batch=True),
     "fitness.z_score grouped": Kernel(

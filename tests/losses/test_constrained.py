@@ -101,10 +101,10 @@ def test_running_cost_multiplier_and_reward_equal_the_es_papers(reference):
     settings = {name: float(given[name]) for name in names} | {"rule": "exponential"}
     log_multiplier, ema = jnp.log(given["initial"]), None
     for step, (rewards, costs) in enumerate(reference["scored"]):
-        ema = cost_ema(ema, costs.mean(), beta=float(given["beta"]))
+        ema = cost_ema(ema, costs.mean(), decay=float(given["beta"]))
         log_multiplier = lagrangian_update(log_multiplier, ema, **settings)
+        combined = combined_reward(rewards, costs, log_multiplier=log_multiplier)
         multiplier = jnp.exp(log_multiplier)
-        combined = combined_reward(rewards, costs, multiplier=multiplier)
         np.testing.assert_allclose(ema, given["ema"][step], rtol=1e-5)
         np.testing.assert_allclose(multiplier, given["multiplier"][step], rtol=1e-5)
         np.testing.assert_allclose(
@@ -163,33 +163,33 @@ def test_lagrangian_update_with_bad_arguments_raises(change, message):
 
 def test_cost_ema_worked_by_hand_and_by_a_loop(rng):
     # the first is itself; then 0.9 · 4 + 0.1 · (-1) = 3.5
-    assert float(cost_ema(None, 4.0, beta=0.9)) == 4.0
-    np.testing.assert_allclose(cost_ema(4.0, -1.0, beta=0.9), 3.5, rtol=1e-6)
+    assert float(cost_ema(None, 4.0, decay=0.9)) == 4.0
+    np.testing.assert_allclose(cost_ema(4.0, -1.0, decay=0.9), 3.5, rtol=1e-6)
     costs = rng.normal(size=20).astype(np.float32)
     # all of it spelled out: the oldest has no (1 - β) before it
     weights = np.array([0.3 * 0.7 ** (19 - i) for i in range(20)])
     weights[0] /= 0.3
     ema = None
     for cost in costs:
-        ema = cost_ema(ema, cost, beta=0.7)
+        ema = cost_ema(ema, cost, decay=0.7)
     np.testing.assert_allclose(ema, weights @ costs, rtol=1e-5)
-    step = functools.partial(cost_ema, beta=0.7)
+    step = functools.partial(cost_ema, decay=0.7)
     invariants.assert_jit_equals_eager(step, np.float32(1.0), np.float32(2.0))
     invariants.assert_bfloat16_gives_float32(step, [np.float32(1.3), np.float32(2.0)])
     with pytest.raises(ValueError, match=r"ema has shape \(2,\), expected \(\)"):
         step(np.ones(2), 1.0)
     with pytest.raises(ValueError, match=r"mean_cost has shape \(2,\), expected \(\)"):
         step(None, np.ones(2))
-    with pytest.raises(ValueError, match=r"beta is 1\.5, expected"):
-        cost_ema(1.0, 1.0, beta=1.5)
-    with pytest.raises(ValueError, match=r"beta has shape \(2,\), expected \(\)"):
-        cost_ema(None, 1.0, beta=np.ones(2))
+    with pytest.raises(ValueError, match=r"decay is 1\.5, expected"):
+        cost_ema(1.0, 1.0, decay=1.5)
+    with pytest.raises(ValueError, match=r"decay has shape \(2,\), expected \(\)"):
+        cost_ema(None, 1.0, decay=np.ones(2))
 
 
 # what the policy learns
 
 
-combined = functools.partial(combined_advantage, multiplier=1.5)
+combined = functools.partial(combined_advantage, log_multiplier=np.log(1.5))
 
 
 def random_advantages(rng, B=3, T=5):
@@ -201,22 +201,22 @@ def test_combined_advantage_worked_by_hand():
     A_C = np.array([[-1.0, 2.0, np.inf]], np.float32)
     mask = np.array([[True, True, False]])
     # λ = 3: (5 + 3 · 1) / 4 = 2 and (1 - 3 · 2) / 4 = -1.25
-    got = combined_advantage(A_R, A_C, mask, multiplier=3.0)
+    got = combined_advantage(A_R, A_C, mask, log_multiplier=np.log(3.0))
     np.testing.assert_allclose(got, [[2.0, -1.25, 0.0]], rtol=1e-6)
     # λ = 0 is the reward's own
-    got = combined_advantage(A_R, A_C, mask, multiplier=0.0)
+    got = combined_advantage(A_R, A_C, mask, log_multiplier=-np.inf)
     np.testing.assert_array_equal(got, [[5.0, 1.0, 0.0]])
 
 
 def test_a_large_multiplier_leaves_the_cost_alone():
     A_R, A_C = np.array([[5.0, 1.0]]), np.array([[-1.0, 20.0]])
     mask = np.ones((1, 2), bool)
-    # 20 · 10³⁸ is beyond float32, and so is exp(90)
-    for multiplier in (1e38, jnp.exp(jnp.float32(90.0))):
-        got = combined_advantage(A_R, A_C, mask, multiplier=multiplier)
+    # 20 · exp(87) is beyond float32, and so is exp(90)
+    for log_multiplier in (87.0, jnp.float32(90.0), np.inf):
+        got = combined_advantage(A_R, A_C, mask, log_multiplier=log_multiplier)
         np.testing.assert_allclose(got, -A_C, rtol=1e-6)
     # and a cost of zero is none, whatever it is multiplied by
-    got = combined_reward(A_R, 0.0 * A_C, multiplier=jnp.float32(np.inf))
+    got = combined_reward(A_R, 0.0 * A_C, log_multiplier=90.0)
     np.testing.assert_array_equal(got, A_R)
 
 
@@ -235,7 +235,7 @@ def test_combined_advantage_in_the_policy_loss_equals_safe_rlhf(reference):
         advantages = combined_advantage(
             *reference["advantages"],
             mask,
-            multiplier=jnp.exp(reference["log_multiplier"]),
+            log_multiplier=reference["log_multiplier"],
         )
         losses, _ = clipped_surrogate(
             logprobs,
@@ -279,7 +279,9 @@ def test_the_kl_weighs_the_same_whatever_the_multiplier(rng, multiplier):
         )[0]
         for coef in (0.1, -0.1)
     )
-    got = combined_advantage(reward, cost, mask, multiplier=multiplier)
+    with np.errstate(divide="ignore"):
+        log_multiplier = np.log(multiplier)
+    got = combined_advantage(reward, cost, mask, log_multiplier=log_multiplier)
     np.testing.assert_allclose(got, reward, rtol=1e-5, atol=1e-7)
 
 
@@ -287,9 +289,9 @@ def test_the_multiplier_gets_no_gradient(rng):
     (A_R, A_C), mask = random_advantages(rng), invariants.random_mask(rng, 3, 5)
 
     def total(log_multiplier):
-        multiplier = jnp.exp(log_multiplier)
-        advantage = combined_advantage(A_R, A_C, mask, multiplier=multiplier)
-        reward = combined_reward(A_R, A_C, multiplier=multiplier)
+        option = {"log_multiplier": log_multiplier}
+        advantage = combined_advantage(A_R, A_C, mask, **option)
+        reward = combined_reward(A_R, A_C, **option)
         return advantage.sum() + reward.sum()
 
     assert jax.grad(total)(jnp.float32(0.5)) == 0.0
@@ -300,28 +302,42 @@ def test_combined_advantage_with_bad_arguments_raises(rng):
     invariants.assert_wrong_shapes_raise(
         combined, [*arrays, mask], ["reward_advantages", "cost_advantages", "mask"]
     )
-    with pytest.raises(ValueError, match=r"multiplier is -1\.0, expected"):
-        combined_advantage(*arrays, mask, multiplier=-1.0)
-    with pytest.raises(ValueError, match="multiplier is inf, expected"):
-        combined_advantage(*arrays, mask, multiplier=float("inf"))
-    with pytest.raises(ValueError, match=r"multiplier has shape \(3,\), expected \(\)"):
-        combined_advantage(*arrays, mask, multiplier=np.ones(3))
+    for value, message in (
+        (float("nan"), "is nan, expected a number in"),
+        (None, "is None, expected a number"),
+        (np.ones(3), r"has shape \(3,\), expected \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"log_multiplier {message}"):
+            combined_advantage(*arrays, mask, log_multiplier=value)
+        with pytest.raises(ValueError, match=f"log_multiplier {message}"):
+            combined_reward(*arrays, log_multiplier=value)
+
+
+def test_what_the_update_gives_is_what_the_others_take():
+    # λ = 2 without a change, as the cost is at its limit: (5 - 2 · 1) / 3, 5 - 2 · 1
+    log_multiplier = update(np.log(2.0), 0.5)
+    five, one, mask = np.array([[5.0]]), np.array([[1.0]]), np.ones((1, 1), bool)
+    got = combined_advantage(five, one, mask, log_multiplier=log_multiplier)
+    np.testing.assert_allclose(got, [[1.0]], rtol=1e-6)
+    got = combined_reward(five, one, log_multiplier=log_multiplier)
+    np.testing.assert_allclose(got, [[3.0]], rtol=1e-6)
 
 
 def test_combined_reward_worked_by_hand():
     rewards, costs = np.array([4, 4, -2]), np.array([1, 0, -3])
     # λ = 2: 4 - 2, 4 - 0, -2 + 6
-    got = combined_reward(rewards, costs, multiplier=2.0)
+    two = {"log_multiplier": np.log(2.0)}
+    got = combined_reward(rewards, costs, **two)
     assert got.dtype == jnp.float32
-    np.testing.assert_array_equal(got, [2.0, 4.0, 4.0])
+    np.testing.assert_allclose(got, [2.0, 4.0, 4.0], rtol=1e-6)
     # the first is unsafe, and keeps a quarter of its reward: 1 - 2
-    got = combined_reward(rewards, costs, multiplier=2.0, safe_first=0.25)
-    np.testing.assert_array_equal(got, [-1.0, 4.0, 4.0])
+    got = combined_reward(rewards, costs, **two, safe_first=0.25)
+    np.testing.assert_allclose(got, [-1.0, 4.0, 4.0], rtol=1e-6)
     # of R = -4 a quarter would be more: being unsafe is no way to keep -1 of it
     got = combined_reward(
-        np.array([-4.0, -4.0]), np.array([1.0, 0.0]), multiplier=2.0, safe_first=0.25
+        np.array([-4.0, -4.0]), np.array([1.0, 0.0]), **two, safe_first=0.25
     )
-    np.testing.assert_array_equal(got, [-6.0, -4.0])
+    np.testing.assert_allclose(got, [-6.0, -4.0], rtol=1e-6)
 
 
 def test_combined_reward_equals_a_loop(rng):
@@ -330,7 +346,9 @@ def test_combined_reward_equals_a_loop(rng):
     for i, j in np.ndindex(3, 4):
         kept = 0.3 if costs[i, j] > 0 and rewards[i, j] > 0 else 1.0
         expected[i, j] = kept * float(rewards[i, j]) - 1.5 * float(costs[i, j])
-    function = functools.partial(combined_reward, multiplier=1.5, safe_first=0.3)
+    function = functools.partial(
+        combined_reward, log_multiplier=np.log(1.5), safe_first=0.3
+    )
     got = function(rewards, costs)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(function(rewards[::-1], costs[::-1]), got[::-1])
@@ -340,4 +358,4 @@ def test_combined_reward_equals_a_loop(rng):
         function, [rewards, costs], ["rewards", "costs"]
     )
     with pytest.raises(ValueError, match=r"safe_first is 2\.0, expected"):
-        combined_reward(rewards, costs, multiplier=1.0, safe_first=2.0)
+        combined_reward(rewards, costs, log_multiplier=0.0, safe_first=2.0)

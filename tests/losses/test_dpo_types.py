@@ -212,10 +212,10 @@ def test_rows_that_fill_up_a_batch_move_no_rank(rng, kind):
 @each_type
 def test_a_pair_far_from_the_reference_overflows_nothing(kind):
     big, zeros = np.array([1e4, -1e4], np.float32), np.zeros(2, np.float32)
-    ones = np.ones(2, np.float32)
+    ones, mask = np.ones(2, np.float32), np.ones(2, bool)
 
     def total(logprobs):
-        losses = with_everything(kind)(*logprobs, zeros, zeros, ones, ones, ones, ones)
+        losses = with_everything(kind)(*logprobs, zeros, zeros, ones, ones, ones, mask)
         return losses.sum(), losses
 
     for pair in ((big, -big), (big, big), (zeros, big)):

@@ -5,17 +5,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rlhf_jax.losses.advantages import over_tokens, reinforce_plus_plus_baseline
+from rlhf_jax.losses.advantages import reinforce_plus_plus_baseline
 from rlhf_jax.losses.group_advantages import (
     group_relative,
     leave_one_out,
     opo,
-    overlong_penalty,
 )
 from tests.losses import invariants
+from tests.losses.grouped import (
+    assert_equals_oracle,
+    assert_equals_reference,
+    few_examples,
+    group_loop,
+    leave_one_out_loop,
+    opo_loop,
+    random_groups,
+)
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "losses" / "advantages.npz"
 SCALES = ("group", "batch", "none")
@@ -49,119 +55,6 @@ def example(rng, name, B=12, T=5):
     tokens = rng.random((B, T)) < 0.6
     tokens[:, 0] = True
     return rewards, tokens & scored[:, None] if name in BY_TOKEN else scored
-
-
-# The oracles: loops over the scored rows of each group, in double precision.
-
-
-def mean_and_std(rewards):
-    mean = sum(rewards) / len(rewards)
-    if len(rewards) == 1:
-        return mean, 0.0
-    return mean, (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) ** 0.5
-
-
-def by_group(rewards, mask, group_size, function):
-    """`function(rewards of the scored rows, their indices)` at the scored rows."""
-    result = np.zeros(len(rewards))
-    for start in range(0, len(rewards), group_size):
-        rows = [i for i in range(start, start + group_size) if mask[i]]
-        if rows:
-            result[rows] = function([float(rewards[i]) for i in rows], rows)
-    return result
-
-
-def group_loop(rewards, mask, group_size, scale, eps):
-    scored = [float(r) for r, real in zip(rewards, mask, strict=True) if real]
-
-    def advantages(group, rows):
-        mean, std = mean_and_std(group)
-        if scale == "batch":
-            std = mean_and_std(scored)[1]
-        return [(r - mean) / (1.0 if scale == "none" else std + eps) for r in group]
-
-    return by_group(rewards, mask, group_size, advantages)
-
-
-def leave_one_out_loop(rewards, mask, group_size):
-    def advantages(group, rows):
-        if len(group) == 1:
-            return [0.0]
-        others = [group[:i] + group[i + 1 :] for i in range(len(group))]
-        return [r - sum(x) / len(x) for r, x in zip(group, others, strict=True)]
-
-    return by_group(rewards, mask, group_size, advantages)
-
-
-def opo_loop(rewards, mask, group_size):
-    def advantages(group, rows):
-        lengths = [int(mask[i].sum()) for i in rows]
-        baseline = sum(n * r for n, r in zip(lengths, group, strict=True))
-        return [r - baseline / sum(lengths) for r in group]
-
-    return by_group(rewards, mask.any(1), group_size, advantages)
-
-
-def baseline_loop(rewards, mask, group_size, eps):
-    centred = group_loop(rewards, mask.any(1), group_size, "none", 0.0)
-    tokens = np.array([centred[i] for i, t in np.argwhere(mask)])
-    if not len(tokens):
-        return np.zeros(mask.shape)
-    scaled = (centred - tokens.mean()) / np.sqrt(tokens.var() + eps)
-    return np.where(mask, scaled[:, None], 0.0)
-
-
-def numeric_gradient(function, rewards, cotangent):
-    """Of sum(cotangent * function(rewards)), by central differences."""
-    gradient = np.zeros(len(rewards))
-    for i in range(len(rewards)):
-        step = np.zeros(len(rewards))
-        step[i] = 1e-5
-        change = function(rewards + step) - function(rewards - step)
-        gradient[i] = (cotangent * change).sum() / 2e-5
-    return gradient
-
-
-@functools.partial(jax.jit, static_argnames=("function", "group_size", "scale"))
-def value_and_gradient(rewards, mask, cotangent, *, function, **settings):
-    got, pull = jax.vjp(lambda x: function(x, mask, **settings), rewards)
-    return got, *pull(cotangent)
-
-
-def assert_equals_oracle(function, oracle, rewards, mask, rng, **settings):
-    """Value and gradient, with nan in the rewards of unscored rows."""
-    result = oracle(rewards, mask, **settings)
-    cotangent = rng.normal(size=result.shape).astype(np.float32)
-    gradient = numeric_gradient(
-        lambda x: oracle(x, mask, **settings), rewards.astype(np.float64), cotangent
-    )
-    scored = mask if mask.ndim == 1 else mask.any(1)
-    rewards = np.where(scored, rewards, np.nan)
-    got = value_and_gradient(rewards, mask, cotangent, function=function, **settings)
-    for x, y in zip(got, (result, gradient), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-
-
-def assert_equals_reference(function, reference, name, factor=1.0):
-    """Value and gradient by rewards [B], spread over the tokens of the mask."""
-    mask = reference["mask"]
-
-    def tokens(rewards):
-        result = function(rewards)
-        return result if result.ndim == 2 else over_tokens(result, mask)
-
-    got, pull = jax.vjp(tokens, jnp.asarray(reference["rewards"]))
-    (gradient,) = pull(jnp.asarray(reference["cotangent"] * mask))
-    for x, y in ((got, name), (gradient, f"{name}/gradient")):
-        np.testing.assert_allclose(x, reference[y] * factor, rtol=1e-5, atol=1e-6)
-
-
-random_groups = given(
-    sizes=st.sampled_from([(2, 2), (6, 3), (8, 4)]),
-    seed=st.integers(0, 2**16),
-    density=st.floats(0.2, 1.0),
-)
-few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 # group_relative
@@ -326,76 +219,6 @@ def test_opo_of_equal_lengths_is_the_mean_baseline(rng):
     )
 
 
-# reinforce_plus_plus_baseline
-
-
-def test_baseline_worked_by_hand():
-    mask = np.array([[True, True, False, True], [False, False, True, False]])
-    # 5 - 3 = 2 on three tokens, 1 - 3 = -2 on one: mean 1, variance (3 * 1 + 9) / 4 = 3
-    got = reinforce_plus_plus_baseline(np.array([5, 1]), mask, group_size=2, eps=1.0)
-    # (2 - 1) / sqrt(3 + 1) and (-2 - 1) / sqrt(3 + 1)
-    expected = [[0.5, 0.5, 0.0, 0.5], [0.0, 0.0, -1.5, 0.0]]
-    np.testing.assert_array_equal(got, expected)
-
-
-@few_examples
-@random_groups
-def test_baseline_equals_a_loop(sizes, seed, density):
-    rng, (B, G) = np.random.default_rng(seed), sizes
-    rewards, mask = rng.normal(size=B).astype(np.float32), rng.random((B, 3)) < density
-    options = {"group_size": G, "eps": 0.1}
-    function = reinforce_plus_plus_baseline
-    assert_equals_oracle(function, baseline_loop, rewards, mask, rng, **options)
-
-
-def test_baseline_equals_openrlhf(reference):
-    function = lambda rewards: whitened(rewards, reference["mask"])
-    assert_equals_reference(function, reference, "openrlhf/reinforce_baseline")
-
-
-def test_baseline_equals_verl_but_for_the_divisor(reference):
-    # verl divides the squares by n - 1
-    n = reference["mask"].sum()
-    function = lambda rewards: whitened(rewards, reference["mask"])
-    factor = np.float32((n / (n - 1)) ** 0.5)
-    assert_equals_reference(
-        function, reference, "verl/reinforce_plus_plus_baseline", factor
-    )
-
-
-# overlong_penalty
-
-
-def test_overlong_penalty_worked_by_hand():
-    # nothing up to 100 - 40 = 60, -0.5 * 10 / 40 at 70, -0.5 from 100 on; and 60 - 70
-    # is not to wrap around
-    lengths = np.array([0, 60, 70, 100, 140], np.uint8)
-    got = overlong_penalty(lengths, max_length=100, buffer=40, factor=0.5)
-    np.testing.assert_array_equal(got, [0.0, 0.0, -0.125, -0.5, -0.5])
-    assert got.dtype == jnp.float32
-
-
-def test_overlong_penalty_equals_trl_and_openrlhf(reference):
-    lengths = reference["lengths"]
-    got = overlong_penalty(lengths, max_length=100, buffer=40, factor=1.0)
-    np.testing.assert_allclose(got, reference["trl/overlong"], rtol=1e-6)
-    got = jax.jit(overlong_penalty)(lengths, max_length=100, buffer=40, factor=0.5)
-    np.testing.assert_allclose(got, reference["openrlhf/overlong"], rtol=1e-6)
-
-
-def test_overlong_penalty_of_bad_arguments_raises():
-    lengths = np.array([1, 2])
-    good = {"max_length": 100, "buffer": 40, "factor": 1.0}
-    with pytest.raises(ValueError, match=r"lengths has shape \(1, 2\), expected \[B\]"):
-        overlong_penalty(lengths[None], **good)
-    with pytest.raises(ValueError, match="buffer is 0, expected"):
-        overlong_penalty(lengths, **{**good, "buffer": 0})
-    with pytest.raises(ValueError, match=r"max_length is 30, .* \[40, inf\]"):
-        overlong_penalty(lengths, **{**good, "max_length": 30})
-    with pytest.raises(ValueError, match=r"factor is -1.0, expected"):
-        overlong_penalty(lengths, **{**good, "factor": -1.0})
-
-
 # What holds for all that compare within groups
 
 each = pytest.mark.parametrize("name", ALL)
@@ -409,7 +232,9 @@ def test_unscored_rows_do_not_count(rng, function):
     small = function(rewards[slots], group_size=2)
     large = np.asarray(function(rewards, np.isin(np.arange(12), slots)))
     np.testing.assert_allclose(large[slots], small, rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(function(rewards), function(rewards, np.ones(12)))
+    np.testing.assert_array_equal(
+        function(rewards), function(rewards, np.ones(12, bool))
+    )
 
 
 @each

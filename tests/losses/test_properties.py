@@ -31,6 +31,7 @@ WITHOUT_A_MASK = {
     "direct_preference": {"reverse_kl", "forward_kl", "js", "alpha_divergence"},
     "evolution": {"evolution_gradient", "evolution_update"},
     "group_advantages": {"overlong_penalty"},
+    "kl": {"ratio"},
     "perturbations": {
         *("perturbation", "perturb", "low_rank_noise", "densify", "low_rank_matmul"),
         *("member_key", "leaf_keys"),

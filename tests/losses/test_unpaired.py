@@ -147,7 +147,7 @@ def test_reference_point_carries_no_gradient(rng):
 def test_masked_labels_are_irrelevant(rng):
     arrays, mask = random_arguments(rng)
     function = functools.partial(kto, kl=0.4, **OPTIONS)
-    got = function(*arrays, np.where(mask, LABELS, np.nan), mask=mask)
+    got = function(*arrays, np.where(mask, LABELS, ~LABELS), mask=mask)
     np.testing.assert_array_equal(got, function(*arrays, LABELS, mask=mask))
 
 
@@ -175,3 +175,13 @@ def test_number_out_of_range_raises(rng, name, value):
     arrays, mask = random_arguments(rng)
     with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
         kto(*arrays, LABELS, 0.0, mask, **(OPTIONS | {name: value}))
+
+
+@pytest.mark.parametrize("function", [kto, apo_zero_unpaired])
+def test_labels_that_are_not_bool_raise(rng, function):
+    """±1 would both be good ones."""
+    arrays, _ = random_arguments(rng)
+    z_0 = (0.4,) if function is kto else ()
+    for labels in (np.where(LABELS, 1, -1), LABELS.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"desirable is .*32, expected bool"):
+            function(*arrays, labels, *z_0, **OPTIONS)

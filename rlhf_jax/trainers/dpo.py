@@ -14,8 +14,9 @@ The loss is on response tokens, EOS included. Means are over the whole batch, ho
 it is cut into micro-batches and over devices. The policy starts as the reference.
 
 Held-out figures are the same of held-out pairs, and responses to held-out prompts with
-reward, judges and KL, as PPO reports them. The KL needs the reference's weights: they
-are kept only for `config.evaluate_kl`, and without it no KL is reported.
+reward, judges and KL, as PPO reports them. The KL needs the reference's weights: a copy
+of them is kept only for `config.evaluate_kl`, and without it no KL is reported. With
+LoRA the reference is the model without its adapter, and no copy.
 
 References:
     Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
@@ -25,7 +26,6 @@ References:
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,25 +40,15 @@ from rlhf_jax import losses, progress, sharding
 from rlhf_jax.data.cleaning import Cleaning
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.preferences import load_pairs
-from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
-from rlhf_jax.losses.dpo_types import LOSS_TYPES
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import build_rewards
-from rlhf_jax.trainers import common, loading, offline, online
+from rlhf_jax.trainers import common, loading, offline, online, trainable
+from rlhf_jax.trainers.dpo_settings import loss_types, micro_batch, validate
 from rlhf_jax.trainers.reference import reference_logprobs
+from rlhf_jax.trees import join
 
-RANGES = {
-    "total_phases": (1, math.inf),
-    "sequence_tokens": (2, math.inf),
-    "learning.steps_per_phase": (1, math.inf),
-    "learning.accumulation": (1, math.inf),
-    "dpo.rpo_alpha": (0, math.inf),
-    "dpo.ld_alpha": (0, 1),
-    "rollout.temperature": (0, math.inf),
-    "logprob_chunk": (0, math.inf),
-}
 FIELDS = {
     "loss": "loss {:.3f}",
     "rewards/accuracy": "accuracy {:.2f}",
@@ -109,12 +99,12 @@ class Scored(NamedTuple):
 
 
 def response_logprobs(
-    model: Model, config: ConfigDict, params: Any, pairs: Pairs
+    model: Model, config: ConfigDict, params: Any, pairs: Pairs, dropout_key=None
 ) -> Scored:
     """Log-probabilities of both responses, in one forward pass over 2·B rows."""
     B, _, T = pairs.tokens.shape
     tokens, mask, response = (x.reshape(2 * B, T) for x in pairs[:3])
-    hidden = model.apply(params, tokens, mask)[:, :-1]
+    hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)[:, :-1]
     spoken = response[:, 1:]
     options = {
         "temperature": 1.0,
@@ -141,36 +131,17 @@ def response_logprobs(
     return Scored(jnp.stack(used), sums, lengths, weights)
 
 
-def loss_types(dpo: ConfigDict) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Name -> weight and options of each loss type of `config.dpo`.
-
-    An option goes to the types that have it; one that none of them has goes to all,
-    and `losses.dpo` raises.
-    """
-    mix = dict(dpo.loss_types) or {dpo.loss_type: 1.0}
-    diverges = {k for k in mix if k in LOSS_TYPES and LOSS_TYPES[k].diverges}
-    smooths = {k for k in mix if k in LOSS_TYPES and LOSS_TYPES[k].smooths}
-    given = (
-        ("label_smoothing", dpo.label_smoothing, smooths),
-        ("divergence", dpo.divergence, diverges),
-        ("alpha", dpo.alpha or None, diverges),
-        ("tau", dpo.tau or None, {"discopop"} & mix.keys()),
-    )
-    return {
-        kind: (
-            weight,
-            {n: v for n, v, having in given if kind in having or (v and not having)},
-        )
-        for kind, weight in mix.items()
-    }
-
-
 def measure(
-    model: Model, config: ConfigDict, params: Any, pairs: Pairs, valid: jax.Array
+    model: Model,
+    config: ConfigDict,
+    params: Any,
+    pairs: Pairs,
+    valid: jax.Array,
+    dropout_key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Loss and metrics, each summed over the pairs where `valid` [B] is true."""
     dpo = config.dpo
-    scored = response_logprobs(model, config, params, pairs)
+    scored = response_logprobs(model, config, params, pairs, dropout_key)
     arrays = (*scored.logprobs, *pairs.ref_logprobs.T, valid)
     chosen_lengths, rejected_lengths = scored.lengths
     loss = sum(
@@ -224,10 +195,12 @@ def total_loss(dpo: ConfigDict, means: dict[str, Any], split: str = "") -> Any:
 def make_loss(model: Model, config: ConfigDict) -> offline.Loss:
     """Builds `loss(params, pairs, key, counts)`, the part of a micro-batch."""
 
+    noisy = bool(model.config.dropout or model.config.lora_dropout)
+
     def loss(params, pairs: Pairs, key, counts):
-        del key  # no dropout: the reference has none
         valid = jnp.ones(pairs.tokens.shape[0], bool)
-        sums = measure(model, config, params, pairs, valid)
+        noise = key if noisy else None
+        sums = measure(model, config, params, pairs, valid, noise)
         means = {name: x / divisor(counts, name) for name, x in sums.items()}
         means["loss"] = total_loss(config.dpo, means)
         return means["loss"], means
@@ -243,7 +216,7 @@ def make_evaluate(
     answer: Callable,
     reference: Any | None,
 ) -> Callable:
-    """Builds `evaluate(state) -> (metrics, rows)` on held-out pairs and prompts.
+    """Builds `evaluate(params) -> (metrics, rows)` on held-out pairs and prompts.
 
     `answer(params, reference)` is of `online.make_evaluation`.
     """
@@ -254,61 +227,19 @@ def make_evaluate(
         found = measure(model, config, params, pairs, valid)
         return {name: (x, divisor(counts, name)) for name, x in found.items()}
 
-    def evaluate(state: offline.State):
+    def evaluate(params):
         metrics = offline.evaluate_rows(
-            sums, state.policy, heldout, batch=micro_batch(config), mesh=mesh
+            sums, params, heldout, batch=micro_batch(config), mesh=mesh
         )
         metrics["heldout/loss"] = total_loss(config.dpo, metrics, "heldout/")
-        kept = state.policy if reference is None else reference
-        answered, rows = answer(state.policy, kept)
+        kept = params if reference is None else reference
+        answered, rows = answer(params, kept)
         if reference is None:  # compared with itself: that says nothing
             answered.pop("heldout/kl")
             rows = [{k: v for k, v in row.items() if k != "kl"} for row in rows]
         return metrics | answered, rows
 
     return evaluate
-
-
-def micro_batch(config: ConfigDict) -> int:
-    """Pairs that go through the model at once, in training and elsewhere."""
-    return config.learning.batch // config.learning.accumulation
-
-
-def validate(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises a `UserError` for settings that cannot work together."""
-    common.check_ranges(config, RANGES)
-    learning, dpo = config.learning, config.dpo
-    sharding.check_batch("config.learning.batch", learning.batch, mesh)
-    sharding.check_batch("config.rollout.prompts", config.rollout.prompts, mesh)
-    if learning.batch < 1 or learning.batch % learning.accumulation:
-        raise UserError(
-            f"config.learning.batch={learning.batch} must be a multiple of "
-            f"config.learning.accumulation={learning.accumulation}"
-        )
-    told = "config.learning.batch / accumulation"
-    sharding.check_batch(told, micro_batch(config), mesh)
-    zeros, ones = np.zeros((4, 1), np.float32), np.ones(1, np.float32)
-    for kind, (weight, options) in loss_types(dpo).items():
-        if not 0 < weight < math.inf:
-            raise UserError(f"config.dpo.loss_types.{kind}={weight} must be above 0")
-        try:
-            losses.dpo(
-                *zeros,
-                beta=dpo.beta,
-                loss_type=kind,
-                chosen_lengths=ones,
-                rejected_lengths=ones,
-                weights=ones if dpo.wpo else None,
-                **options,
-            )
-        except ValueError as error:
-            sentence = str(error).replace("weights is given", "wpo is True")
-            raise UserError(f"config.dpo.{sentence}") from error
-        if LOSS_TYPES[kind].sorts and learning.accumulation > 1:
-            raise UserError(
-                f"config.learning.accumulation={learning.accumulation} cannot go with "
-                f"the loss type {kind!r}, which sorts over the whole batch; set it to 1"
-            )
 
 
 def load_data(
@@ -372,17 +303,24 @@ def run(config: ConfigDict) -> None:
             console=console,
         )
         train, heldout = load_data(config, tokenizer, console, ask)
-        state, optimizer = offline.make_state(config, policy.params, mesh)
-        reference = loading.copy(policy.params) if config.evaluate_kl else None
-        answer = online.make_evaluation(config, mesh, model, sample, rewards, prompts)
+        parts = trainable.cut(config, policy.params, mesh)
+        state, optimizer = offline.make_state(config, parts.trained, mesh)
+        keep = config.evaluate_kl or config.lora.rank  # of an adapter it is no copy
+        reference = trainable.reference_of(config, parts) if keep else None
+        evaluate = make_evaluate(
+            *(model, config, mesh, heldout),
+            online.make_evaluation(config, mesh, model, sample, rewards, prompts),
+            reference,
+        )
         common.print_plan(console, config, mesh, {"policy": state.policy})
         hooks = common.Hooks(
             run_phase=offline.make_phase(
                 *(config, mesh, make_loss(model, config), optimizer, train),
+                frozen=parts.frozen,
                 accumulation=config.learning.accumulation,
                 counts=count,
             ),
-            evaluate=make_evaluate(model, config, mesh, heldout, answer, reference),
+            evaluate=lambda state: evaluate(join(state.policy, parts.frozen)),
             fields=FIELDS,
             panels=PANELS,
             headline=[
@@ -391,5 +329,6 @@ def run(config: ConfigDict) -> None:
             ],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        loading.export(config, files, policy, state.policy, tokenizer)
+        whole = trainable.merged(config, join(state.policy, parts.frozen))
+        loading.export(config, files, policy, whole, tokenizer)
         common.close_run(files, console, hooks, f"DPO: {config.workdir}")

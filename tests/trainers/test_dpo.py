@@ -424,3 +424,18 @@ def test_reference_free_asks_no_reference(world, run, tmp_path):
     assert row["heldout/rewards/chosen"] == pytest.approx(
         0.1 * row["heldout/logps/chosen"], rel=1e-5
     )
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it(world, run, tmp_path):
+    """It is there for the KL without being asked for, and is no copy."""
+    settings = {"lora__rank": 4, "lora__dropout": 0.1, "evaluate_kl": False}
+    workdir = tmp_path / "run"
+    run(dpo_config(world, workdir, **settings))
+    first, *_, last = metrics_of(workdir)
+    assert first["heldout/kl"] == 0 < last["heldout/kl"]
+    assert first["heldout/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert last["heldout/loss"] < 0.9 * np.log(2)
+    exported = load_pretrained(workdir / "export").params
+    started = load_pretrained(world.policy).params
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), exported, started)
+    assert moved["layers"]["mlp"]["up"]["kernel"] and not moved["embed"]["tokens"]

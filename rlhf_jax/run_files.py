@@ -63,6 +63,11 @@ class RunFiles(NamedTuple):
         return self.workdir / "checkpoints"
 
     @property
+    def adapter(self) -> pathlib.Path:
+        """The trained adapter in PEFT's format, of a run with LoRA."""
+        return self.workdir / "adapter"
+
+    @property
     def export(self) -> pathlib.Path:
         """The trained model in Hugging Face's format."""
         return self.workdir / "export"

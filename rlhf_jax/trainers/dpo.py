@@ -329,6 +329,6 @@ def run(config: ConfigDict) -> None:
             ],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        whole = trainable.merged(config, join(state.policy, parts.frozen))
-        loading.export(config, files, policy, whole, tokenizer)
+        done = parts._replace(trained=state.policy)
+        trainable.export(config, files, policy, done, tokenizer)
         common.close_run(files, console, hooks, f"DPO: {config.workdir}")

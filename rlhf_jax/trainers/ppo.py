@@ -370,6 +370,6 @@ def run(config: ConfigDict) -> None:
             headline=online.headline(config.judges),
         )
         state = common.run_loop(config, files, console, state, hooks)
-        whole = trainable.merged(config, join(state.policy, frozen))
-        loading.export(config, files, policy, whole, tokenizer)
+        done = trainable.Parts(state.policy, frozen)
+        trainable.export(config, files, policy, done, tokenizer)
         common.close_run(files, console, hooks, f"PPO: {config.workdir}")

@@ -260,6 +260,6 @@ def run(config: ConfigDict) -> None:
             headline=[("held-out loss", "heldout/loss", None)],
         )
         state = common.run_loop(config, files, console, state, hooks)
-        whole = trainable.merged(config, join(state.policy, frozen))
-        loading.export(config, files, loaded, whole, tokenizer)
+        done = trainable.Parts(state.policy, frozen)
+        trainable.export(config, files, loaded, done, tokenizer)
         common.close_run(files, console, hooks, f"SFT: {config.workdir}")

@@ -11,9 +11,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import sharding
+from rlhf_jax import run_files, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
+from rlhf_jax.models.peft_files import save_adapter
 from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trees import join, split
 
@@ -79,6 +80,29 @@ def reference_of(config: ConfigDict, parts: Parts) -> Any:
     if config.lora.rank:
         return parts.frozen
     return join(loading.copy(parts.trained), parts.frozen)
+
+
+def export(
+    config: ConfigDict,
+    files: run_files.RunFiles,
+    loaded: loading.Loaded,
+    parts: Parts,
+    tokenizer: Any,
+) -> None:
+    """Writes the model as transformers reads it, and an adapter as PEFT does too."""
+    whole = merged(config, join(*parts))
+    loading.export(config, files, loaded, whole, tokenizer)
+    if config.lora.rank:
+        settings = config.lora.to_dict()
+        base = config.model if isinstance(config.model, str) else ""
+        save_adapter(
+            files.adapter,
+            parts.trained,
+            loaded.model.config,
+            loaded.hf_config,
+            **settings,
+            base_model=base,
+        )
 
 
 def merged(config: ConfigDict, params: Any) -> Any:

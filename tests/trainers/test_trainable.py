@@ -12,6 +12,7 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.trainers import trainable
 from rlhf_jax.trees import join
+from tests.trainers.conftest import LLAMA
 
 MODEL = make_model(
     TransformerConfig(
@@ -119,6 +120,8 @@ def test_ppo_with_an_adapter_moves_nothing_else(world, run, tmp_path):
     before, after = tensors_of(world.policy), tensors_of(tmp_path / "export")
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert moved == {name for name in before if "q_proj" in name or "down_proj" in name}
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * LLAMA["num_hidden_layers"]
     saved = sum(
         f.stat().st_size for f in (tmp_path / "checkpoints/3/policy").rglob("*")
     )

@@ -21,9 +21,18 @@ a function of `aggregation`, `constrained`, `evolution`, `fitness`, `kl`, `maske
 `perturbations` through its module, `losses.kl.k3(...)`; what else a module has is
 imported from it.
 
-No result is averaged, and all are zero where the mask is False. Subscript *t* is a
-token, *i* a response, *w* the chosen and *l* the rejected response. σ is the logistic
-function, in `evolution` and `perturbations` the standard deviation of the noise.
+No result is averaged, but for `masked.mean`, `masked.var` and `kto_reference_point`,
+which are means. All are float32, but for `TopTokens.tokens`, which are int32, and what
+is clipped or correct, which is bool. All are zero where the mask is False, but for
+`PolicyDiagnostics.ratio` and `wpo_weights`, which are one.
+
+Subscript *t* is a token, *i* a response, *w* the chosen and *l* the rejected response.
+σ is the logistic function, in `evolution` and `perturbations` the standard deviation of
+the noise. What follows `*` goes by keyword.
+"""
+LOSS_TYPES = """\
+What `dpo` computes with each `loss_type`; its options are the arguments of `dpo`. The
+names are the keys of `losses.LOSS_TYPES`.
 """
 
 
@@ -62,8 +71,15 @@ def cell(lines):
 
 
 def code(line):
-    """A line as code, with its columns kept."""
-    return f"`{line.strip()}`"
+    """A line as code, with its columns kept; what is code in it already, is no more."""
+    return f"`{line.strip().replace('`', '')}`"
+
+
+def signature(function):
+    """The names of the parameters and their defaults, as code."""
+    parameters = inspect.signature(function).parameters.values()
+    bare = [x.replace(annotation=inspect.Parameter.empty) for x in parameters]
+    return code(str(inspect.Signature(bare)))
 
 
 def table(module):
@@ -72,10 +88,15 @@ def table(module):
     source = f"../rlhf_jax/losses/{name}.py"
     summary = inspect.getdoc(module).splitlines()[0]
     yield f"## [{name}]({source})\n\n{summary}\n"
-    yield "| Function | Equation | Source |\n|---|---|---|"
+    of_dpo = name == "dpo_types"  # no function that anyone calls
+    if of_dpo:
+        yield LOSS_TYPES
+    first = "loss_type" if of_dpo else "Function"
+    yield f"| {first} | Equation | Source |\n|---|---|---|"
     for function_name, function in public_functions(module):
         docstring = inspect.getdoc(function)
-        what = [f"**`{function_name}`**", docstring.splitlines()[0]]
+        called = "" if of_dpo else signature(function)
+        what = [f"**`{function_name}`**{called}", docstring.splitlines()[0]]
         equations = [code(line) for line in equation(docstring)]
         cells = (cell(part) for part in (what, equations, references(docstring)))
         yield f"| {' | '.join(cells)} |"

@@ -35,7 +35,7 @@ def sample(params, key, prompts):
 
 
 def reward(responses, mask):
-    """How many of the T - 1 neighbours are in order, of those that are real."""
+    """The share of the T - 1 pairs of neighbours that are real and in order."""
     ascending = (responses[:, 1:] > responses[:, :-1]) & mask[:, 1:]
     return ascending.mean(1)
 

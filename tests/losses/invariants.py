@@ -91,23 +91,50 @@ def assert_batch_order_is_irrelevant(function, arrays, mask, *, group=1):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@functools.cache
+def sums_and_gradients(function, group):
+    """Jitted: the sum of each result, and the gradients of a sum of the float ones.
+
+    In that the rows of a group, and what is in them, have weights that are the same
+    whatever the size of the batch.
+    """
+
+    def combination(arrays, mask):
+        rng, total, sums = np.random.default_rng(1), jnp.float32(0.0), []
+        for x in jax.tree.leaves(function(*arrays, mask)):
+            sums.append(x.sum())
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                rows = (group, *x.shape[1:]) if x.ndim else ()
+                weights = jnp.asarray(rng.normal(size=rows), x.dtype)
+                times = (len(mask) // group, *[1] * (x.ndim - 1)) if x.ndim else ()
+                total += (jnp.tile(weights, times) * x).sum()
+        return total, sums
+
+    @jax.jit
+    def both(arrays, mask):
+        gradients, sums = jax.grad(combination, has_aux=True)(arrays, mask)
+        return sums, gradients
+
+    return both
+
+
 def assert_microbatches_sum_to_the_whole(function, arrays, mask, *, group=1):
-    """Group by group, the results are those of the whole batch: their sums add up."""
-    compiled = jax.jit(function)
-    whole = jax.tree.leaves(compiled(*arrays, mask))
-    parts = [
-        jax.tree.leaves(
-            compiled(*(x[i : i + group] for x in arrays), mask[i : i + group])
-        )
+    """Group by group, the sums of the results add up to those of the whole batch.
+
+    And the gradients of the groups' rows, one after the other, are the whole batch's.
+    """
+    compiled = sums_and_gradients(function, group)
+    whole, whole_gradients = compiled(list(arrays), mask)
+    done = [
+        compiled([x[i : i + group] for x in arrays], mask[i : i + group])
         for i in range(0, len(mask), group)
     ]
+    parts, gradients = zip(*done, strict=True)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     for i, expected in enumerate(whole):
-        np.testing.assert_allclose(
-            sum(np.asarray(part[i], np.float64).sum() for part in parts),
-            np.asarray(expected, np.float64).sum(),
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        near(sum(np.asarray(part[i], np.float64) for part in parts), expected)
+    for i, expected in enumerate(whole_gradients):
+        near(np.concatenate([part[i] for part in gradients]), expected)
 
 
 def assert_jit_equals_eager(function, *arrays):

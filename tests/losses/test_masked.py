@@ -34,6 +34,8 @@ def test_values_worked_by_hand():
     assert float(masked.mean(X, MASK)) == 3.0
     # deviations -2, -1, 0, 3: squares 4 + 1 + 0 + 9 = 14, over 4 entries
     assert float(masked.var(X, MASK)) == 3.5
+    # of the row 1, 2, 3: (1 + 0 + 1) / 3; of 6 alone none
+    np.testing.assert_allclose(masked.var(X, MASK, axis=1), [2 / 3, 0.0], rtol=1e-6)
     # by row: 1 + 2 + 3 = 6 of three, 6 of one
     np.testing.assert_array_equal(masked.sum(X, MASK, axis=1), [6.0, 6.0])
     np.testing.assert_array_equal(masked.mean(X, MASK, axis=1), [2.0, 6.0])

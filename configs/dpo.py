@@ -9,9 +9,8 @@ https://arxiv.org/abs/2305.18290. Reward and judge are measured only, on the hel
 prompts of `configs/ppo.py`, so that the two compare.
 
 Expect a held-out reward that goes from 0.18 to 1.30, VADER's judgement from 0.18 to
-0.56, and a KL of 3.9 nats, after one epoch: some two and a half minutes on two cores.
-A larger learning rate wins more reward (1.59 at 3e-4) for twice the KL, and the text
-suffers; with 1e-4 it is 0.84 at 1.3 nats.
+0.56, and a KL of 3.9 nats, after one epoch, which takes four minutes of CPU time. At a
+learning rate of 3e-4 the reward is 1.59 for twice the KL, and the text suffers.
 """
 
 from ml_collections import ConfigDict
@@ -76,6 +75,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.95,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
+                "lr_scales": (),  # (pattern of names, factor), the first that fits
                 "clip_norm": 1.0,
                 "schedule": "linear",  # constant, linear, cosine
                 "warmup_steps": 10,

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.98,
                 "eps": 1e-8,
                 "weight_decay": 0.1,
+                "lr_scales": (),  # (pattern of names, factor), the first that fits
                 "clip_norm": 1.0,
                 "schedule": "cosine",
                 "warmup_steps": 50,

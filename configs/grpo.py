@@ -114,6 +114,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.95,
                 "eps": 1e-5,
                 "weight_decay": 0.0,
+                "lr_scales": (),  # (pattern of names, factor), the first that fits
                 "clip_norm": 1.0,
                 "schedule": "linear",  # constant, linear, cosine
                 "warmup_steps": 0,

@@ -5,6 +5,8 @@ PyTorch's (optax's) adds eps to the bias-corrected √v̂, TensorFlow's, which t
 RLHF results were made with, adds it to the raw √v, so that early steps are smaller.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,6 +47,52 @@ def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_name(
+    scales: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+    """Updates times the factor of the first pattern found in the weight's name.
+
+    Raises:
+      UserError: a factor that is negative, or, at `init`, a pattern that is in no name.
+    """
+    for pattern, factor in scales:
+        if factor < 0:
+            raise UserError(
+                f"config.optimizer.lr_scales has {factor} for {pattern!r}: it must be "
+                "at least 0"
+            )
+
+    def factor_of(name: str) -> float:
+        found = (factor for pattern, factor in scales if re.search(pattern, name))
+        return next(found, 1.0)
+
+    def init(params: Any) -> optax.EmptyState:
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        names = sorted({weight_name(path) for path in paths})
+        for pattern, _ in scales:
+            if not any(re.search(pattern, name) for name in names):
+                raise UserError(
+                    f"config.optimizer.lr_scales has the pattern {pattern!r}, which is "
+                    f"in none of the weights' names: they are {', '.join(names)}"
+                )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None):
+        del params
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, u: factor_of(weight_name(path)) * u, updates
+        )
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def weight_name(path: tuple) -> str:
+    """The name of a weight as patterns see it: "layers/mlp/up/kernel"."""
+    keys = (key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return "/".join(key.key for key in keys)
+
+
 def make_schedule(
     schedule: str, lr: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
@@ -79,7 +127,8 @@ def make_optimizer(
 
     Args:
       config: `config.optimizer`: name, b1, b2, eps, weight_decay, clip_norm (0: off),
-        schedule and warmup_steps.
+        schedule, warmup_steps, and lr_scales: (pattern, factor) pairs for weights that
+        learn at another rate, of which the first that is found in a name counts.
       lr: peak learning rate.
       total_steps: optimizer steps of the whole run; the schedule ends there.
 
@@ -101,6 +150,8 @@ def make_optimizer(
     # Injected, so that the rate of each step stands in the state and can be logged.
     scale = optax.inject_hyperparams(optax.scale_by_learning_rate)
     steps.append(scale(learning_rate=schedule))
+    if config.lr_scales:
+        steps.append(scale_by_name(config.lr_scales))
     return optax.chain(*steps)
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.peft_files import save_adapter
 from rlhf_jax.trainers import keys, loading
+from rlhf_jax.trainers.optimizer import weight_name
 from rlhf_jax.trees import join, split
 
 
@@ -54,14 +55,16 @@ def cut(config: ConfigDict, params: Any, mesh: Mesh) -> Parts:
         return Parts(*split(params, chosen))
     if not config.freeze:
         return Parts(params, None)
-    named = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    named = {
+        weight_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
     for pattern in config.freeze:
         if not any(re.search(pattern, name) for name in named):
             raise UserError(
                 f"config.freeze has the pattern {pattern!r}, which is in none of the "
                 f"weights' names: they are {', '.join(sorted(named))}"
             )
-    free = lambda path: not any(re.search(p, _name(path)) for p in config.freeze)
+    free = lambda path: not any(re.search(p, weight_name(path)) for p in config.freeze)
     trained, frozen = split(params, free)
     if not trained:
         raise UserError(
@@ -123,7 +126,3 @@ def _new_adapter(config, params, mesh):
     key = jax.random.fold_in(keys.branch_key(config.seed, keys.INIT, 0), 1)
     shardings = sharding.param_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(init, out_shardings=shardings)(key)
-
-
-def _name(path: tuple) -> str:
-    return "/".join(key.key for key in path)

@@ -11,12 +11,14 @@ from rlhf_jax.trainers.optimizer import (
     make_optimizer,
     make_schedule,
     scale_by_adam_tf,
+    scale_by_name,
 )
 
 
 def make_config(**changes):
     config = {
         "name": "adam",
+        "lr_scales": (),
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-5,
@@ -180,3 +182,29 @@ def test_two_rates_are_read_apart():
 def test_what_cannot_be_made(changes, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(make_config(**changes), 0.1, 10)
+
+
+def test_weights_learn_at_the_rate_of_the_first_pattern_that_fits():
+    params = {"embed": jnp.ones(2), "mlp": {"up": jnp.ones(3), "down": jnp.ones(3)}}
+    scales = (("mlp/up", 0.0), ("mlp", 0.5))
+    optimizer = scale_by_name(scales)
+    got, _ = optimizer.update(params, optimizer.init(params))
+    assert (got["embed"] == 1).all()
+    assert (got["mlp"]["up"] == 0).all() and (got["mlp"]["down"] == 0.5).all()
+
+
+def test_lr_scales_that_cannot_be():
+    with pytest.raises(UserError, match=r"has the pattern 'mpl', .* they are embed"):
+        scale_by_name((("mpl", 0.1),)).init({"embed": jnp.ones(2)})
+    with pytest.raises(UserError, match="has -1 for 'mlp'"):
+        scale_by_name((("mlp", -1),))
+
+
+def test_scaled_rates_inside_the_optimizer():
+    """Adam's first step is the rate itself, whatever the gradient's size."""
+    config = make_config(lr_scales=(("slow", 0.1),))
+    optimizer = make_optimizer(config, 1e-2, total_steps=10)
+    params = {"slow": jnp.ones(2), "fast": jnp.ones(2)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["fast"], -1e-2, rtol=1e-3)
+    np.testing.assert_allclose(updates["slow"], -1e-3, rtol=1e-3)

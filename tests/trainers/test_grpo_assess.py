@@ -212,6 +212,8 @@ def test_what_is_filtered_stays_in_its_group():
     np.testing.assert_array_equal(filtered.mask, MASK & FINISHED[:, None])
     np.testing.assert_array_equal(whole.mask, MASK)
     np.testing.assert_array_equal(filtered.advantages, whole.advantages)
+    want = expected_advantages("group", SCORES.tolist(), np.zeros((B, N)), "loss")
+    np.testing.assert_allclose(filtered.advantages, want, rtol=1e-5, atol=1e-5)
     assert all_kept["groups/kept"] == 1
     assert metrics["groups/kept"] == 6 / 8
 

@@ -31,13 +31,14 @@ def test_each_epoch_is_a_permutation_and_no_two_are_alike():
     assert not np.array_equal(order[0], order[1])
 
 
-def learn(order, *, accumulation=1, target_kl=0.0, start=0.0):
+def learn(order, *, accumulation=1, target_kl=0.0, start=0.0, frozen=0.0):
     """Half the mean squared distance x − target, by SGD with a rate of 0.5.
 
-    The KL of a step is, for these tests, |x|.
+    The KL of a step is, for these tests, |x|, and a frozen number is added to x.
     """
 
-    def loss(x, rows, count):
+    def loss(x, rows, count, frozen):
+        x = x + frozen
         part = jnp.square(x - rows).sum() / (2 * count)
         sums = {
             "loss": part,
@@ -54,7 +55,8 @@ def learn(order, *, accumulation=1, target_kl=0.0, start=0.0):
         norms=lambda grads: {"policy/grad_norm": jnp.abs(grads)},
     )
     x = jnp.float32(start)
-    x, _, metrics = jax.jit(run)(x, optax.sgd(0.5).init(x), TARGETS, jnp.array(order))
+    given = optax.sgd(0.5).init(x), TARGETS, jnp.array(order), jnp.float32(frozen)
+    x, _, metrics = jax.jit(run)(x, *given)
     return float(x), {name: float(value) for name, value in metrics.items()}
 
 
@@ -92,6 +94,13 @@ def test_past_the_target_nothing_changes():
     assert metrics["policy/grad_norm"] == (1.5 + 3.75) / 2
     x, metrics = learn(order, target_kl=1.0, start=2.0)
     assert (x, metrics["optimizer/steps"]) == (2.0, 0)
+
+
+def test_what_is_frozen_is_seen_and_not_moved():
+    """x + 1 goes the way that x goes without."""
+    order = [[[0, 1], [2, 3]], [[0, 3], [1, 2]]]
+    x, metrics = learn(order, start=-1.0, frozen=1.0)
+    assert (x, metrics) == (2.78125 - 1, learn(order)[1])
 
 
 def test_metrics_are_means_over_the_steps_that_were_taken():

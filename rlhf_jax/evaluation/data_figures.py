@@ -28,7 +28,7 @@ def draw_all(findings: Findings, *, max_tokens: int | None = None) -> dict[str, 
     shown = dict(report["labels"])
     if report.get("safety"):
         shown = {"safety of the pairs": report["safety"], **shown}
-    shown = {name: counts for name, counts in shown.items() if counts}
+    shown = {name: counts for name, counts in shown.items() if len(counts) > 1}
     if shown:
         pictures["labels"] = draw_labels(shown)
     return pictures
@@ -81,7 +81,9 @@ def draw_length_bias(
     ends = (1, max(float(chosen.max()), float(rejected.max())) + 1)
     right.plot(ends, ends, color="0.4", lw=1, ls="--", label="equal")
     right.set(xscale="log", yscale="log")
-    _finish(right, "Both sides of a pair", f"{unit} + 1, rejected", "chosen")
+    _finish(
+        right, "Both sides of a pair", f"{unit} + 1, rejected", f"{unit} + 1, chosen"
+    )
     right.legend(fontsize=8, frameon=False)
     return _png(figure)
 
@@ -105,14 +107,14 @@ def draw_labels(labels: Mapping[str, Mapping[str, int]]) -> bytes:
         axes = figure.add_subplot(lines, columns, number)
         shown = list(counts.items())[:MAX_BARS]
         places = np.arange(len(shown))[::-1]
-        axes.barh(places, [count for _, count in shown], color=f"C{number - 1}")
-        axes.set_yticks(places, [_short(label) for label, _ in shown], fontsize=8)
+        axes.barh(places, [count for _, count in shown], color="C0")
+        axes.set_yticks(places, [_short(label, 36) for label, _ in shown], fontsize=8)
         more = f", the first {MAX_BARS}" if len(counts) > MAX_BARS else ""
         _finish(axes, _short(name, 40) + more, "rows", "")
     return _png(figure)
 
 
-def _short(label: str, width: int = 24) -> str:
+def _short(label: str, width: int) -> str:
     # "$" would start a formula
     label = " ".join(label.split()).replace("$", r"\$")
     return label if len(label) <= width else label[: width - 1] + "…"

@@ -101,7 +101,9 @@ def examine(
     elif source.problem or source.kind == "texts":
         extra = {name: columns[name] for name in text_columns(columns)}
         texts = {n: [v or "" for v in values] for n, values in extra.items()}
-        report["column_lengths"] = summarise_lengths(measure(texts, tokenizer), None)
+        if len(texts) > 1:  # else that column has been measured already
+            told = summarise_lengths(measure(texts, tokenizer), max_tokens)
+            report["column_lengths"] = told
     return Findings(report, lengths, turns)
 
 

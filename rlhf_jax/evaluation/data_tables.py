@@ -128,9 +128,9 @@ def _duplicates(report: Mapping[str, Any]) -> Table:
     near = report["near_duplicates"]
     for name in ("row", "prompt"):
         if name in near:
-            told = f"{near[name]['pairs']:,} pairs of {near[name]['texts']:,} texts"
             what = f"{name}s alike above {near['threshold']:.0%}"
-            rows.append((what, f"{told}, of {near[name]['compared']:,}"))
+            told = f"{near[name]['pairs']:,} pairs of {near[name]['compared']:,}"
+            rows.append((what, told))
     return Table("Duplicates", ("", "count"), rows)
 
 

@@ -22,6 +22,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import join_hosts
 
 ALGORITHMS = {
+    "cost_model": "rlhf_jax.trainers.reward_model",
     "dpo": "rlhf_jax.trainers.dpo",
     "grpo": "rlhf_jax.trainers.grpo",
     "pipeline": "rlhf_jax.pipeline",

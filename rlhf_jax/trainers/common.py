@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -245,8 +246,12 @@ def close_run(
     hooks: Hooks,
     title: str,
     facts: Sequence[tuple[str, str]] = (),
+    figures: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Draws the curves and shows what changed from phase 0 to the last."""
+    """Draws the curves and shows what changed from phase 0 to the last.
+
+    `facts` are shown below that, and `figures` are for summary.json.
+    """
     if jax.process_index() != 0:
         return
     rows = run_files.read_metrics(files.workdir)
@@ -258,7 +263,7 @@ def close_run(
             changes.append(progress.Change(label, first[mean], last[mean], *spread))
             keys = (mean, std) if std else (mean,)
             summary |= {key: {"before": first[key], "after": last[key]} for key in keys}
-    run_files.write_summary(files, summary)
+    run_files.write_summary(files, summary | figures)
     plots.plot_curves(rows, files.curves, hooks.panels, title=title)
     kept = [
         ("curves", files.curves),

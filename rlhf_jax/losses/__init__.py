@@ -33,6 +33,10 @@ from rlhf_jax.losses.advantages import (
 )
 from rlhf_jax.losses.cost_model import cost_model_loss, cost_model_token_loss
 from rlhf_jax.losses.direct_preference import DIVERGENCES, dpo
+from rlhf_jax.losses.distillation import (
+    generalized_jsd,
+    generalized_jsd_from_logits,
+)
 from rlhf_jax.losses.dpo_types import LOSS_TYPES
 from rlhf_jax.losses.group_advantages import (
     group_relative,
@@ -99,6 +103,8 @@ __all__ = [
     "evolution",
     "fitness",
     "gae",
+    "generalized_jsd",
+    "generalized_jsd_from_logits",
     "group_relative",
     "gspo",
     "gspo_token",

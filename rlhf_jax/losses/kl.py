@@ -17,25 +17,10 @@ Use as a module: `kl.k3(logprobs, ref_logprobs, mask)`.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax.losses._checks import (
-    boolean,
-    check_float,
-    check_rank,
-    check_same_shape,
-    check_shape,
-    float32,
-    given_mask,
-)
-from rlhf_jax.losses._chunks import (
-    cap_and_scale,
-    count_chunks,
-    keep_real,
-    make_options,
-    map_chunks,
-    unembed,
-)
+from rlhf_jax.losses._checks import boolean, check_same_shape, float32
+from rlhf_jax.losses._chunks import make_options
+from rlhf_jax.losses._divergences import kl_divergence, of_logits, of_states
 
 # exp(20) is 4.9e8. A larger log-ratio comes from a broken sample, not from learning,
 # and overflows float32 from 88 on. The same bound as in OpenRLHF and verl.
@@ -268,29 +253,14 @@ def exact(
     References:
       Kullback and Leibler 1951, equation 2.4, https://doi.org/10.1214/aoms/1177729694
     """
-    check_rank("B T D", hidden=hidden, ref_hidden=ref_hidden)
-    check_rank("V D", unembedding=unembedding, ref_unembedding=ref_unembedding)
-    for name, x in (("hidden", hidden), ("ref_hidden", ref_hidden)):
-        check_float(name, x)
-    check_float("unembedding", unembedding)
-    check_float("ref_unembedding", ref_unembedding)
-    B, T, D = hidden.shape
-    V = unembedding.shape[0]
-    check_shape("unembedding", unembedding, (V, D), "[V, D] with the D of hidden")
-    D_ref = ref_hidden.shape[-1]
-    check_shape("ref_hidden", ref_hidden, (B, T, D_ref), "the [B, T] of hidden")
-    check_shape("ref_unembedding", ref_unembedding, (V, D_ref), "the V of unembedding")
+    states = {
+        "hidden": hidden,
+        "unembedding": unembedding,
+        "ref_hidden": ref_hidden,
+        "ref_unembedding": ref_unembedding,
+    }
     options = make_options(temperature, logit_softcap)
-    options = options._replace(num_chunks=count_chunks(chunk_size, T))
-
-    def chunk(h, h_ref):
-        z = unembed(h, unembedding.astype(h.dtype))
-        z_ref = unembed(h_ref, ref_unembedding.astype(h_ref.dtype))
-        return _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
-
-    mask = given_mask(mask, (B, T), "the [B, T] of hidden")
-    states = (keep_real(h, mask) for h in (hidden, ref_hidden))
-    return keep_real(map_chunks(chunk, options, *states), mask)
+    return of_states(_exact, states, mask, options, chunk_size)
 
 
 def exact_from_logits(
@@ -324,22 +294,13 @@ def exact_from_logits(
     References:
       As `exact`.
     """
-    check_rank("B T V", logits=logits)
-    check_same_shape(logits=logits, ref_logits=ref_logits)
-    options = make_options(temperature, logit_softcap)
-    mask = given_mask(mask, np.shape(logits)[:2], "the [B, T] of logits")
-    z, z_ref = (keep_real(float32(x), mask) for x in (logits, ref_logits))
-    kl = _divergence(cap_and_scale(z, options), cap_and_scale(z_ref, options))
-    return keep_real(kl, mask)
+    both = {"logits": logits, "ref_logits": ref_logits}
+    return of_logits(_exact, both, mask, make_options(temperature, logit_softcap))
 
 
-def _divergence(z, z_ref):
-    """Σᵥ pᵥ (log pᵥ − log qᵥ) over the last axis of float32 logits."""
-    logp, logq = jax.nn.log_softmax(z), jax.nn.log_softmax(z_ref)
-    # 0·(−inf) is nan, and so is its gradient: what is never drawn adds nothing.
-    drawn = z > -jnp.inf
-    difference = jnp.where(drawn, jnp.where(drawn, logp, 0.0) - logq, 0.0)
-    return (jnp.where(drawn, jnp.exp(logp), 0.0) * difference).sum(-1)
+def _exact(z, ref_z):
+    """KL(π ‖ π_ref) from their logits."""
+    return kl_divergence(jax.nn.log_softmax(z), jax.nn.log_softmax(ref_z))
 
 
 def _log_ratio(logprobs, ref_logprobs, mask):

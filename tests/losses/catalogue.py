@@ -95,6 +95,13 @@ def exact_kl(hidden, ref_hidden, mask):
     )
 
 
+def jsd(hidden, teacher_hidden, mask):
+    return losses.generalized_jsd(
+        *(hidden, UNEMBEDDING, teacher_hidden, REF_UNEMBEDDING, mask),
+        **{"beta": 0.3, "temperature": 0.7, "chunk_size": 2},
+    )
+
+
 def bradley_terry(chosen, rejected, margin, targets, mask):
     return losses.bradley_terry(
         chosen, rejected, mask, centering=0.01, margin=margin, targets=targets
@@ -175,6 +182,7 @@ KERNELS = {
     ),
     "kl.exact": Kernel(exact_kl, "hhm"),
     "kl.exact_from_logits": Kernel(bind(kl.exact_from_logits, temperature=0.7), "hhm"),
+    "distillation.generalized_jsd": Kernel(jsd, "hhm"),
     "kl.k1": Kernel(kl.k1, "llm"),
     "kl.k2": Kernel(kl.k2, "llm"),
     "kl.k3": Kernel(kl.k3, "llm"),
@@ -262,6 +270,10 @@ for scale in ("group", "batch", "none"):
 for mode in aggregation.MODES:
     KERNELS[f"aggregation.{mode}"] = Kernel(
         bind(aggregation.aggregate, mode=mode, max_length=9), "xm"
+    )
+for beta in (0.0, 0.3, 1.0):
+    KERNELS[f"distillation.generalized_jsd_from_logits {beta}"] = Kernel(
+        bind(losses.generalized_jsd_from_logits, beta=beta, temperature=0.7), "hhm"
     )
 for level in ("token", "sequence"):
     for mode in ("truncate", "mask"):

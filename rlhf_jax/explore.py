@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from rlhf_jax import progress
 from rlhf_jax.data.dialogues import set_chat_template
@@ -50,7 +50,6 @@ def explore(
     if max_tokens is not None and not tokenizer:
         raise UserError("--max_tokens needs --tokenizer, whose tokens are counted")
     folder = pathlib.Path(out or f"runs/explore/{short_name(data)}").expanduser()
-    check_writable(folder)
     tokens = load_tokenizer(tokenizer) if tokenizer else None
     if chat_template and tokens is None:
         raise UserError("--chat_template needs --tokenizer, to which it is given")
@@ -59,6 +58,7 @@ def explore(
     source = open_source(
         data, kind=kind, column=column, splits=splits, preference=preference
     )
+    check_writable(folder)
     findings = examine(
         source, tokenizer=tokens, max_tokens=max_tokens, samples=samples, seed=seed
     )
@@ -126,6 +126,7 @@ def _run(_: Sequence[str]) -> None:
 def main() -> None:
     """The command line."""
     _define_flags()
+    logging.set_verbosity(logging.ERROR)  # an error says what the hub warned of
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:

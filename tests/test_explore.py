@@ -78,6 +78,7 @@ def test_mistakes(data, tmp_path):
         explore.explore(data, out=out, max_tokens=9)
     with pytest.raises(UserError, match="there is no file"):
         explore.explore("nothing.jsonl", out=out)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write to the folder .*--out"):
         explore.explore(data, out=str(tmp_path / "file"))

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from rlhf_jax import progress
 from rlhf_jax.data.dialogues import set_chat_template
@@ -126,7 +126,6 @@ def _run(_: Sequence[str]) -> None:
 def main() -> None:
     """The command line."""
     _define_flags()
-    logging.set_verbosity(logging.ERROR)  # an error says what the hub warned of
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:

@@ -109,8 +109,8 @@ def draw_labels(labels: Mapping[str, Mapping[str, int]]) -> bytes:
         places = np.arange(len(shown))[::-1]
         axes.barh(places, [count for _, count in shown], color="C0")
         axes.set_yticks(places, [_short(label, 36) for label, _ in shown], fontsize=8)
-        more = f", the first {MAX_BARS}" if len(counts) > MAX_BARS else ""
-        _finish(axes, _short(name, 40) + more, "rows", "")
+        more = f", the first {MAX_BARS} values" if len(counts) > MAX_BARS else ""
+        _finish(axes, _short(name, 32), "rows" + more, "")
     return _png(figure)
 
 

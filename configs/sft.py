@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adam",
-                "lr": 3e-4,
+                "lr": 1e-3,
                 "b1": 0.9,
                 "b2": 0.98,
                 "eps": 1e-8,

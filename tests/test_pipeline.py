@@ -60,7 +60,7 @@ def test_stages_run_once_in_order_and_are_compared(tmp_path, capsys):
     assert done[0].model == "builtin"
     assert done[2].model == str(folder / "sft")
     assert done[3].rewards.human.source == str(folder / "reward_model")
-    assert "| gain, 95 % interval | +2.00" in (folder / "comparison.md").read_text()
+    assert "| gain, ± is 95 % | +2.00 ± 0.00" in (folder / "comparison.md").read_text()
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert (folder / "comparison.json").exists()
     assert "stage 4 of 4: dpo" in capsys.readouterr().out

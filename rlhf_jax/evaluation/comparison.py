@@ -173,12 +173,12 @@ def to_json(measured: Mapping[str, Measured]) -> str:
 def table(measured: Mapping[str, Measured]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text: a figure a row, a method a column."""
     number = lambda value, form: "–" if value is None else format(value, form)
-    spread = lambda gain: f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+    spread = lambda gain: f"{gain.mean:+.2f} ± {gain.high - gain.mean:.2f}"
     judges = list(next(iter(measured.values())).judges)
     figures = {
         "held-out reward before": lambda m: f"{m.before:+.2f}",
         "held-out reward after": lambda m: f"{m.after:+.2f}",
-        "gain, 95 % interval": lambda m: spread(m.gain),
+        "gain, ± is 95 %": lambda m: spread(m.gain),
         **{
             f"gain by judge {judge}": lambda m, judge=judge: spread(m.judges[judge])
             for judge in judges
@@ -187,10 +187,10 @@ def table(measured: Mapping[str, Measured]) -> tuple[list[str], list[list[str]]]
         "entropy, nats a token": lambda m: number(m.entropy, ".2f"),
         "tokens a response": lambda m: f"{m.tokens:.1f}",
         "distinct word pairs": lambda m: f"{m.distinct:.2f}",
-        "responses that repeat themselves": lambda m: f"{m.repeats:.0%}",
-        "roughness of the held-out reward": lambda m: f"{m.roughness:.3f}",
-        "phases to 90 % of the gain": lambda m: number(m.phases_to, "d"),
-        "seconds to 90 % of the gain": lambda m: number(m.seconds_to, ".0f"),
+        "that repeat themselves": lambda m: f"{m.repeats:.0%}",
+        "roughness of the reward": lambda m: f"{m.roughness:.3f}",
+        "phases to 90 % of it": lambda m: number(m.phases_to, "d"),
+        "seconds to 90 % of it": lambda m: number(m.seconds_to, ".0f"),
         "seconds of training": lambda m: f"{m.seconds:.0f}",
         "seconds a phase": lambda m: f"{m.phase_seconds:.2f}",
         "samples a second": lambda m: f"{m.samples_per_s:.1f}",

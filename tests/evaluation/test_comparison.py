@@ -82,7 +82,7 @@ def test_table_and_json_say_the_same(tmp_path):
     assert plain["dpo"]["phases_to"] is None
     text = comparison.to_markdown(measured)
     assert text.splitlines()[0] == "|  | ppo | dpo |"
-    assert "| phases to 90 % of the gain | 4 | – |" in text
+    assert "| phases to 90 % of it | 4 | – |" in text
 
 
 def test_what_cannot_be_compared(tmp_path):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from safetensors.numpy import save_file
 
 from configs.dpo import get_config
@@ -20,6 +19,7 @@ from rlhf_jax.data.preferences import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.trainers import dpo, loading, offline
+from tests.trainers.one_phase import single_mesh
 
 from .test_runs import (
     assert_same_run,
@@ -57,15 +57,6 @@ def change(config, settings):
     config.dpo.loss_types.update(settings.pop("dpo.loss_types", {}))
     config.update_from_flattened_dict(settings)
     return config
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1),
-        sharding.AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:1],
-    )
 
 
 def trl_batch():
@@ -129,7 +120,7 @@ def trl_weights(case, mesh):
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_of_trl(case, accumulation):
     """The same losses, and the same weights after Adam's second step."""
-    mesh = one_device()
+    mesh = single_mesh()
     config = make_config(case, learning__accumulation=accumulation)
     metrics, params = take_steps(config, mesh)
     losses = [step["loss"] for step in metrics]
@@ -172,9 +163,9 @@ def test_micro_batches_are_the_whole_batch(case):
     """Responses differ in length, so that a mean of means would not do."""
     # With Adam's own eps a gradient of zero is as large a step as any other.
     plain = {"optimizer__eps": 1.0, "optimizer__lr": 1.0}
-    whole, expected = take_steps(make_config(case, **plain), one_device(), steps=1)
+    whole, expected = take_steps(make_config(case, **plain), single_mesh(), steps=1)
     config = make_config(case, **plain, learning__accumulation=4)
-    parts, params = take_steps(config, one_device(), steps=1)
+    parts, params = take_steps(config, single_mesh(), steps=1)
     assert parts[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-6)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
@@ -187,8 +178,8 @@ def test_micro_batches_are_the_whole_batch(case):
 
 
 def measured(config):
-    with jax.set_mesh(one_device()):
-        policy, pairs = make_setup(config, one_device())
+    with jax.set_mesh(single_mesh()):
+        policy, pairs = make_setup(config, single_mesh())
         score = functools.partial(dpo.response_logprobs, policy.model, config)
         loss = dpo.make_loss(policy.model, config)
         _, metrics = jax.jit(loss)(policy.params, pairs, None, dpo.count(pairs))
@@ -216,7 +207,7 @@ def test_rewards_and_log_probabilities_by_numpy():
 
 def test_a_response_alone_has_the_log_probability_it_has_in_the_batch():
     """Neither the prompt's tokens nor padding nor the other side are in it."""
-    config, mesh = make_config(), one_device()
+    config, mesh = make_config(), single_mesh()
     with jax.set_mesh(mesh):
         policy, pairs = make_setup(config, mesh)
         model, params = policy.model, policy.params
@@ -234,7 +225,7 @@ def test_a_response_alone_has_the_log_probability_it_has_in_the_batch():
 
 
 def test_padding_may_hold_anything():
-    config, mesh = make_config(), one_device()
+    config, mesh = make_config(), single_mesh()
     with jax.set_mesh(mesh):
         policy, pairs = make_setup(config, mesh)
         score = jax.jit(functools.partial(dpo.response_logprobs, policy.model, config))
@@ -282,7 +273,7 @@ def test_padding_may_hold_anything():
 )
 def test_settings_that_do_not_go_together(settings, sentence):
     with pytest.raises(UserError) as caught:
-        dpo.validate(change(get_config(), settings), one_device())
+        dpo.validate(change(get_config(), settings), single_mesh())
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -291,7 +282,7 @@ def test_an_option_goes_to_the_types_of_a_mix_that_have_it():
     config = get_config()
     config.dpo.loss_types.update({"sigmoid": 0.8, "bco_pair": 0.2, "discopop": 0.1})
     config.dpo.update({"label_smoothing": 0.1, "tau": 0.05, "divergence": "js"})
-    dpo.validate(config, one_device())
+    dpo.validate(config, single_mesh())
     options = {kind: given for kind, (_, given) in dpo.loss_types(config.dpo).items()}
     js = {"divergence": "js", "alpha": None}
     assert options == {

@@ -8,7 +8,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from configs import cost_model
@@ -22,6 +21,7 @@ from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.progress import make_console
 from rlhf_jax.rewards import build_rewards, score_all
 from rlhf_jax.trainers import loading, offline, reward_model
+from tests.trainers.one_phase import single_mesh
 
 from .conftest import NOUNS
 from .runs import metrics_of
@@ -60,15 +60,6 @@ def trl_config(case, **changes):
     settings = json.loads(str(saved()["settings"])) | CASES[case]
     config.update_from_flattened_dict(settings)
     return changed(config, changes)
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1),
-        sharding.AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:1],
-    )
 
 
 def trl_batch(case):
@@ -126,7 +117,7 @@ def test_the_steps_of_trl(case, accumulation, tmp_path):
     """The same losses and gradient norms, and the same weights after the last step."""
     config = trl_config(case, learning__accumulation=accumulation)
     steps = len(saved()[f"{case}/losses"])
-    mesh = one_device()
+    mesh = single_mesh()
     metrics, params = take_steps(config, mesh, trl_batch(case), steps)
     for ours, theirs in (("loss", "losses"), ("grad_norm", "grad_norms")):
         got = [step[ours] for step in metrics]
@@ -178,7 +169,7 @@ def test_micro_batches_are_the_whole_batch():
     parts = []
     for accumulation in (1, 4):
         config = trl_config("all", **plain, learning__accumulation=accumulation)
-        parts.append(take_steps(config, one_device(), trl_batch("all"), 1))
+        parts.append(take_steps(config, single_mesh(), trl_batch("all"), 1))
     (whole, expected), (cut, params) = parts
     assert cut[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-5)
     assert_close(params, expected, 1e-4)
@@ -186,7 +177,7 @@ def test_micro_batches_are_the_whole_batch():
 
 def measured(config, batch):
     """Metrics of the first step, before the weights move, and the scores [B, 2]."""
-    mesh = one_device()
+    mesh = single_mesh()
     with jax.set_mesh(mesh):
         found = loading.load_model(config.model, config, mesh, head=True)
         scores = reward_model.make_scores(found.model, config, mesh)(
@@ -357,7 +348,7 @@ def test_a_reward_model_and_what_it_leaves(world, run, tmp_path, monkeypatch, ca
     train, _ = load_data(make_config(folder))
     sides = [(p.prompt, side) for p in train for side in (p.chosen, p.rejected)]
     source = {"source": str(folder), "normalize": True}
-    rewards = build_rewards({"human": source}, mesh=one_device())
+    rewards = build_rewards({"human": source}, mesh=single_mesh())
     total, _ = score_all(rewards, *map(list, zip(*sides)))
     assert total.mean() == pytest.approx(0, abs=1e-3)
     assert total.std() == pytest.approx(1, abs=1e-3)
@@ -442,7 +433,7 @@ def test_a_cost_model(world, run, tmp_path):
     assert "## Signs" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
 
     source = {"source": str(tmp_path / "run"), "normalize": True}
-    rewards = build_rewards({"cost": source}, mesh=one_device())
+    rewards = build_rewards({"cost": source}, mesh=single_mesh())
     prompts = ["What does the cat do with the dog?"] * 2
     cost, _ = score_all(rewards, prompts, ["It sees the dog.", "It leaves the dog."])
     assert cost[0] < 0 < cost[1]

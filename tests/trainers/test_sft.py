@@ -1,19 +1,31 @@
 """The loss of supervised fine-tuning on rows, however the texts are laid out."""
 
+import functools
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from configs.sft import get_config
-from rlhf_jax.data.packing import Rows, Text, pack_rows, pad_rows
+from rlhf_jax.data.packing import Rows, Text, encode_completions, pack_rows, pad_rows
+from rlhf_jax.data.rows import Completion
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import forward
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.trainers import sft
+from rlhf_jax.trainers import loading, offline, sft
+from tests.trainers.one_phase import single_mesh
 
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
+SOURCE = FIXTURES / "families" / "llama"
 SHAPE = TransformerConfig(
     vocab_size=50,
     d_model=16,
@@ -52,7 +64,7 @@ def loss_and_gradient(params, rows, *, model=None, key=0, **learning):
     return float(value), gradient
 
 
-def assert_same_gradient(one, other, atol=1e-5):
+def assert_same_tree(one, other, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), one, other)
 
 
@@ -63,7 +75,7 @@ def test_packed_texts_are_read_as_if_each_stood_alone(params, texts):
     expected, slope = loss_and_gradient(params, padded)
     got, gradient = loss_and_gradient(params, packed)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    assert_same_gradient(gradient, slope)
+    assert_same_tree(gradient, slope)
 
 
 def test_the_loss_is_the_mean_over_learned_tokens(params, texts):
@@ -139,3 +151,89 @@ def test_settings_that_cannot_be(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         sft.validate(config, make_mesh())
+
+
+# TRL's steps, from tests/reference/compare_sft_with_trl.py
+
+
+@functools.cache
+def saved():
+    with np.load(FIXTURES / "sft_step.npz") as file:
+        return dict(file)
+
+
+def trl_texts():
+    return [Completion(*row.values()) for row in json.loads(str(saved()["texts"]))]
+
+
+def trl_rows():
+    """TRL's batch as ours: it learns the labels that are not -100."""
+    tokens, labels = saved()["input_ids"], saved()["labels"]
+    lengths = np.array([len((x.prompt + x.response).split()) for x in trl_texts()])
+    # TRL's order is that of its seed: a row's EOS says how long it is.
+    eos = json.loads(str(saved()["words"])).index("<eos>")
+    ends = (tokens == eos).argmax(axis=1)
+    assert sorted(ends) == sorted(lengths)
+    real = np.arange(tokens.shape[1])[None] <= ends[:, None]
+    return Rows(tokens, real.astype(np.int32), labels != -100)
+
+
+def trl_config():
+    config = get_config()
+    config.update({"model": str(SOURCE), "dropout": 0.0, "total_phases": 1})
+    config.update_from_flattened_dict(json.loads(str(saved()["settings"])))
+    return config
+
+
+def test_the_encoding_of_trl():
+    words = {word: i for i, word in enumerate(json.loads(str(saved()["words"])))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
+    theirs = trl_rows()
+    length = theirs.tokens.shape[1]
+    encoded = encode_completions(
+        tokenizer, trl_texts(), length=length, completion_only=True
+    )
+    ours = pad_rows(encoded, length=length, pad=words["<pad>"])
+    rows = lambda x: sorted(zip(*(y.tolist() for y in x), strict=True))
+    assert rows(ours) == rows(theirs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_steps_of_trl(accumulation, tmp_path):
+    """The same losses and gradient norms, and the same weights after the last step."""
+    config, mesh, metrics = trl_config(), single_mesh(), []
+    with jax.set_mesh(mesh):
+        found = loading.load_model(config.model, config, mesh)
+        state, optimizer = offline.make_state(config, found.params, mesh)
+        update = offline.make_update(
+            sft.make_loss(found.model, config),
+            optimizer,
+            accumulation=accumulation,
+            counts=sft.count_learned,
+        )
+        rows = Rows(*(x[None] for x in trl_rows()))
+        for step in range(len(saved()["losses"])):
+            state, told = update(state, rows, jax.random.key(step))
+            metrics.append(jax.device_get(told))
+    for ours, theirs in (("loss", "losses"), ("grad_norm", "grad_norms")):
+        got = [step[ours] for step in metrics]
+        np.testing.assert_allclose(got, saved()[theirs], rtol=1e-4)
+
+    weights = {
+        name.removeprefix("weights/"): x
+        for name, x in saved().items()
+        if name.startswith("weights/")
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((SOURCE / "config.json").read_text("utf-8"))
+    expected, before = (
+        jax.device_get(load_pretrained(folder, mesh=mesh).params)
+        for folder in (tmp_path, SOURCE)
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+    assert_same_tree(jax.device_get(state.policy), expected, atol=1e-4)

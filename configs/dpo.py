@@ -4,7 +4,7 @@
 
 The policy ships with the package. It learns from 6,000 pairs of sentences that begin
 alike and that people rated differently (`rlhf_jax.data.preferences`), of movie and
-product reviews; they are downloaded once. The algorithm is that of Rafailov et al. 2023,
+product reviews; they are downloaded once. The algorithm is Rafailov et al. 2023,
 https://arxiv.org/abs/2305.18290. Reward and judge are measured only, on the held-out
 prompts of `configs/ppo.py`, so that the two compare.
 

@@ -2,8 +2,9 @@
 
     python -m rlhf_jax.train --config=configs/sft.py
 
-Fine-tunes the policy that ships with the package on the movie and product reviews among
-the sentences it was made of, several packed into a row. Your own prompts and responses
+Fine-tunes the policy that ships with the package on the sentences of movie and product
+reviews that people preferred to others with the same beginning, which is the prompt;
+they are downloaded once. Several are packed into a row. Your own prompts and responses
 are a flag away; chat messages are written by the tokenizer's template:
 
     --config.model=HuggingFaceTB/SmolLM2-135M --config.data.source=chats.jsonl
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
             "algorithm": "sft",
             "workdir": "runs/sft",
             "seed": 0,
-            "total_phases": 6,
+            "total_phases": 4,
             "model": "builtin",
             "tokenizer": "",
             "dropout": 0.1,
@@ -43,7 +44,8 @@ def get_config() -> ConfigDict:
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
-                "source": "builtin:reviews",  # or a file, a hub's data set, "tfds:..."
+                # or "builtin:reviews", a file, a hub's data set, "tfds:..."
+                "source": "builtin:chosen",
                 "domains": ("movie", "product"),
                 "min_characters": 0,  # of a response
                 "chat_template": "",  # a Jinja file; "": the tokenizer's own
@@ -61,7 +63,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adam",
-                "lr": 1e-3,
+                "lr": 3e-4,
                 "b1": 0.9,
                 "b2": 0.98,
                 "eps": 1e-8,

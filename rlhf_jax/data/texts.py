@@ -6,10 +6,13 @@ from typing import Any
 from rlhf_jax.data import reviews
 from rlhf_jax.data.cleaning import AS_IT_IS, Cleaning, Counts, prepare_rows
 from rlhf_jax.data.formats import read_completions
+from rlhf_jax.data.preferences import preference_pairs
 from rlhf_jax.data.rows import Completion
 from rlhf_jax.data.splits import open_split
 from rlhf_jax.data.tables import is_file, is_heldout, load_table, read_texts
 from rlhf_jax.errors import UserError
+
+CHOSEN = "builtin:chosen"
 
 
 def load_completions(
@@ -23,8 +26,9 @@ def load_completions(
     """Prompts with the responses to learn, and how many rows were dropped for what.
 
     Args:
-      source: "builtin:reviews", or a file or data set as in `data.tables` with columns
-        as in `data.formats`. Of a plain text the prompt is "".
+      source: "builtin:reviews"; "builtin:chosen", those of them that people preferred,
+        with their first words as prompt; or a file or data set as in `data.tables` with
+        columns as in `data.formats`. Of a plain text the prompt is "".
       split: of the built-in sentences and of a hub's data set, the split of that name;
         of a file "train" or "validation" ("heldout" is the same), by the hash of the
         prompt; None is all of a file.
@@ -41,8 +45,17 @@ def load_completions(
     if source == reviews.SOURCE:
         texts = load_texts(source, split=split or "train", domains=domains)
         return [Completion("", text) for text in texts], {"kept": len(texts)}
+    if source == CHOSEN:
+        chosen = _chosen(split or "train", domains or tuple(reviews.FILES))
+        return chosen, {"kept": len(chosen)}
     table = open_split(source, split)
     return prepare_rows(read_completions(table), table, split, tokenizer, cleaning)
+
+
+def _chosen(split: str, domains: Sequence[str]) -> list[Completion]:
+    """Once each, though a sentence may be preferred to several others."""
+    pairs = preference_pairs(reviews.load_reviews(split, domains=domains))
+    return list(dict.fromkeys(Completion(pair.prompt, pair.chosen) for pair in pairs))
 
 
 def load_texts(source: str, *, split: str, domains: Sequence[str] = ()) -> list[str]:

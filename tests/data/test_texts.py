@@ -39,6 +39,21 @@ def test_the_builtin_sentences_are_completions_without_a_prompt(monkeypatch):
     assert asked == [("test", ("movie",))]
 
 
+def test_the_preferred_sentences_follow_their_first_words(monkeypatch):
+    rows = [
+        Review("The film is fine.", "movie", (3, 3), 3.0),
+        Review("The film is dull.", "movie", (-3, -3), -3.0),
+        Review("The film is long.", "movie", (-2, -2), -2.0),
+        Review("The film is alright.", "movie", (1, 1), 1.0),
+    ]
+    monkeypatch.setattr(reviews, "load_reviews", lambda split, *, domains: rows)
+    got, counts = load_completions("builtin:chosen", split="train")
+    # preferred at each length of the beginning, once each
+    assert Completion("The film is", " fine.") in got
+    assert not any("dull" in row.response for row in got)
+    assert len(set(got)) == len(got) == counts["kept"]
+
+
 def test_plain_texts_are_split_as_for_language_models(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("".join(f"Text {i}.\n" for i in range(300)))

@@ -432,6 +432,8 @@ def test_a_cost_model(world, run, tmp_path):
     assert signs == pytest.approx(last["heldout/sign_accuracy"])
     assert "## Signs" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
 
+    exported = json.loads((tmp_path / "run/export/config.json").read_text("utf-8"))
+    assert exported["score_mean"] == 0 < exported["score_std"]
     source = {"source": str(tmp_path / "run"), "normalize": True}
     rewards = build_rewards({"cost": source}, mesh=single_mesh())
     prompts = ["What does the cat do with the dog?"] * 2

@@ -10,7 +10,7 @@ are a flag away; chat messages are written by the tokenizer's template:
     --config.model=HuggingFaceTB/SmolLM2-135M --config.data.source=chats.jsonl
     --config.sequence_tokens=1024
 
-Expect a held-out loss that goes from 4.97 to 4.95 nats a token of the responses, for the
+Expect a held-out loss that goes from 4.97 to 4.95 nats a token of responses, for the
 policy knows these sentences well, after some two minutes on two cores that have other
 work too.
 

@@ -84,7 +84,7 @@ class World(NamedTuple):
         }
         return shared | OF_ALGORITHM[algorithm]
 
-    def config(self, algorithm, workdir, **changes):
+    def config(self, algorithm, workdir, /, **changes):
         """That file with `settings` and `changes`, `__` in the place of dots."""
         config = importlib.import_module(f"configs.{algorithm}").get_config()
         config.workdir = str(workdir)

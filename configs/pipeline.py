@@ -13,7 +13,9 @@ held-out prompts; each method's model is in its `export/`.
     --config.method=grpo                      one method in place of all
     --config.stages.ppo.total_phases=60       any setting of any stage
 
-EXPECT
+Expect the held-out reward to rise from 0.9 to about 2 with each method, and VADER's
+judgement, which is not trained on, from 0.34 to about 0.7; some 25 minutes on two cores
+that have other work too.
 
 The three stages are those of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
 """

@@ -15,7 +15,8 @@ held-out prompts; each method's model is in its `export/`.
 
 Expect the held-out reward to rise from 0.9 to about 2 with each method, and VADER's
 judgement, which is not trained on, from 0.34 to about 0.7; some 25 minutes on two cores
-that have other work too.
+that have other work too. That was seen with a reward model trained on half as many
+pairs, which told 0.79 of the held-out ones right.
 
 The three stages are those of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
 """

@@ -38,3 +38,9 @@ def join(one: Any, other: Any | None) -> Any:
         else:
             raise ValueError(f"both trees have a leaf at {key!r}")
     return joined
+
+
+def weight_name(path: tuple) -> str:
+    """The name of a weight as patterns see it: "layers/mlp/up/kernel"."""
+    keys = (key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return "/".join(key.key for key in keys)

@@ -13,8 +13,11 @@ SOURCE = pathlib.Path(__file__).parents[1] / PACKAGE
 
 LAYERS = [
     {"losses", "errors"},
-    {"models", "sharding", "hosts", "trees"},
-    {"data", "checkpoint", "metrics", "monitor", "plots", "progress", "run_files"},
+    {"models", "sharding", "hosts", "keys", "trees"},
+    {
+        *("data", "checkpoint", "loading", "metrics", "monitor", "plots", "progress"),
+        *("run_files", "trainable"),
+    },
     {"rollout", "rewards"},
     {"evaluation", "analysis"},
     {"trainers"},
@@ -24,8 +27,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm
 SHARED_BY_TRAINERS = {
-    *("common", "informative", "keys", "loading", "minibatches", "offline", "online"),
-    *("optimizer", "grpo_settings", "dpo_settings", "reference", "trainable"),
+    *("common", "informative", "minibatches", "offline", "online", "optimizer"),
+    *("grpo_settings", "dpo_settings", "reference"),
 }
 
 

@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import losses, progress, sharding
+from rlhf_jax import loading, losses, progress, sharding, trainable
 from rlhf_jax.data.cleaning import Cleaning
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.preferences import load_pairs
@@ -44,7 +44,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import build_rewards
-from rlhf_jax.trainers import common, loading, offline, online, trainable
+from rlhf_jax.trainers import common, offline, online
 from rlhf_jax.trainers.dpo_settings import loss_types, micro_batch, validate
 from rlhf_jax.trainers.reference import reference_logprobs
 from rlhf_jax.trees import join

@@ -40,7 +40,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import losses, progress, sharding
+from rlhf_jax import keys, loading, losses, progress, sharding, trainable
 from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.losses import masked, policy_variants
 from rlhf_jax.models.transformer import Model
@@ -48,7 +48,7 @@ from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler
-from rlhf_jax.trainers import common, informative, keys, loading, online, trainable
+from rlhf_jax.trainers import common, informative, online
 from rlhf_jax.trainers.grpo_settings import notes, validate
 from rlhf_jax.trainers.minibatches import make_learn, minibatch_order
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer

@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from rlhf_jax import sharding
+from rlhf_jax import keys, loading, sharding
 from rlhf_jax.data.order import phase_rows
-from rlhf_jax.trainers import keys, loading
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 from rlhf_jax.trees import join
 

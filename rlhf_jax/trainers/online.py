@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import losses, sharding
+from rlhf_jax import keys, losses, sharding
 from rlhf_jax.data.prompts import Prompts, load_prompts, phase_batch
 from rlhf_jax.data.tables import is_file
 from rlhf_jax.data.tokenizer import encode_prompts
@@ -24,7 +24,6 @@ from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
 from rlhf_jax.rollout.logprobs import Scored, score_responses
-from rlhf_jax.trainers import keys
 
 FIELDS = {
     "reward/mean": "reward {:+.3f}",

@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.trees import weight_name
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adam", "adam_tf")
@@ -85,12 +86,6 @@ def scale_by_name(
         return scaled, state
 
     return optax.GradientTransformation(init, update)
-
-
-def weight_name(path: tuple) -> str:
-    """The name of a weight as patterns see it: "layers/mlp/up/kernel"."""
-    keys = (key for key in path if isinstance(key, jax.tree_util.DictKey))
-    return "/".join(key.key for key in keys)
 
 
 def make_schedule(

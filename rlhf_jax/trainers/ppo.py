@@ -36,7 +36,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import losses, progress, sharding
+from rlhf_jax import keys, loading, losses, progress, sharding, trainable
 from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
@@ -45,7 +45,7 @@ from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript, response_hidden
 from rlhf_jax.rollout.sampler import Sampler
-from rlhf_jax.trainers import common, keys, loading, online, trainable
+from rlhf_jax.trainers import common, online
 from rlhf_jax.trainers.minibatches import (
     check_minibatches,
     make_learn,

@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import losses, progress, sharding
+from rlhf_jax import loading, losses, progress, sharding, trainable
 from rlhf_jax.data.cleaning import Cleaning
 from rlhf_jax.data.labelled_pairs import (
     MARGINS,
@@ -52,7 +52,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards.model import score_sequences
-from rlhf_jax.trainers import common, loading, offline, trainable
+from rlhf_jax.trainers import common, offline
 from rlhf_jax.trees import join
 
 COST = "cost_model"

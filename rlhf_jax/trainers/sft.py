@@ -27,7 +27,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import losses, progress, sharding
+from rlhf_jax import keys, loading, losses, progress, sharding, trainable
 from rlhf_jax.data.cleaning import Cleaning
 from rlhf_jax.data.packing import (
     Rows,
@@ -42,7 +42,7 @@ from rlhf_jax.data.tokenizer import special_tokens
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.trainers import common, keys, loading, offline, online, trainable
+from rlhf_jax.trainers import common, offline, online
 from rlhf_jax.trees import join
 
 FIELDS = {

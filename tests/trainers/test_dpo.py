@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs.dpo import get_config
-from rlhf_jax import run_files, sharding
+from rlhf_jax import loading, run_files, sharding
 from rlhf_jax.data import reviews
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.preferences import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.pretrained import load_pretrained
-from rlhf_jax.trainers import dpo, loading, offline
+from rlhf_jax.trainers import dpo, offline
 from tests.trainers.one_phase import single_mesh
 
 from .test_runs import (

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from configs.grpo import get_config
-from rlhf_jax import sharding
+from rlhf_jax import loading, sharding
 from rlhf_jax.losses.policy_variants import VARIANTS
 from rlhf_jax.models.pretrained import load_pretrained
-from rlhf_jax.trainers import grpo, loading
+from rlhf_jax.trainers import grpo
 from rlhf_jax.trainers.optimizer import make_optimizer
 
 from .one_phase import (

@@ -7,9 +7,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import sharding
+from rlhf_jax import keys, sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.trainers import keys
 from rlhf_jax.trainers.minibatches import (
     check_minibatches,
     make_learn,

@@ -2,9 +2,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax import keys
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.trainers import keys, online
+from rlhf_jax.trainers import online
 
 
 @pytest.fixture(scope="module")

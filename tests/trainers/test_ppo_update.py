@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs.ppo import get_config
-from rlhf_jax import sharding
-from rlhf_jax.trainers import loading, ppo
+from rlhf_jax import loading, sharding
+from rlhf_jax.trainers import ppo
 
 from .one_phase import (
     SOURCE,

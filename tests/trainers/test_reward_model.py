@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import cost_model
 from configs import reward_model as reward_config
-from rlhf_jax import losses, sharding
+from rlhf_jax import loading, losses, sharding
 from rlhf_jax.data import reviews
 from rlhf_jax.data.labelled_pairs import Pairs, encode_pairs
 from rlhf_jax.data.rows import Pair
@@ -20,7 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.progress import make_console
 from rlhf_jax.rewards import build_rewards, score_all
-from rlhf_jax.trainers import loading, offline, reward_model
+from rlhf_jax.trainers import offline, reward_model
 from tests.trainers.one_phase import single_mesh
 
 from .conftest import NOUNS

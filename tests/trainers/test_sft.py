@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs.sft import get_config
+from rlhf_jax import loading
 from rlhf_jax.data.packing import Rows, Text, encode_completions, pack_rows, pad_rows
 from rlhf_jax.data.rows import Completion
 from rlhf_jax.errors import UserError
@@ -21,7 +22,7 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.trainers import loading, offline, sft
+from rlhf_jax.trainers import offline, sft
 from tests.trainers.one_phase import single_mesh
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"

@@ -11,13 +11,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import run_files, sharding
+from rlhf_jax import keys, loading, run_files, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.peft_files import save_adapter
-from rlhf_jax.trainers import keys, loading
-from rlhf_jax.trainers.optimizer import weight_name
-from rlhf_jax.trees import join, split
+from rlhf_jax.trees import join, split, weight_name
 
 
 class Parts(NamedTuple):

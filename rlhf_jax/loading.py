@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import progress, run_files, sharding
+from rlhf_jax import keys, progress, run_files, sharding
 from rlhf_jax.data.dialogues import set_chat_template
 from rlhf_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
 from rlhf_jax.errors import UserError
@@ -21,10 +21,9 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.families import config_from_hf
 from rlhf_jax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.trainers import keys
 
 BUILTIN = {
-    f"builtin:{name}": str(pathlib.Path(__file__).parents[1] / "builtin" / name)
+    f"builtin:{name}": str(pathlib.Path(__file__).parent / "builtin" / name)
     for name in ("policy", "reward")
 }
 BUILTIN["builtin"] = BUILTIN["builtin:policy"]

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlhf_jax.data import dialogues
 from rlhf_jax.data.formats import read_prompts
 from rlhf_jax.data.order import phase_rows
 from rlhf_jax.data.splits import open_split, split_rows
-from rlhf_jax.data.tables import Table, load_table, read_texts
-from rlhf_jax.data.tokenizer import encode_texts
+from rlhf_jax.data.tables import Table, is_file, load_table, read_texts
+from rlhf_jax.data.tokenizer import encode_prompts, encode_texts
 from rlhf_jax.errors import UserError
 
 BUILTIN = {"train": "prompts_train.txt", "heldout": "prompts_heldout.txt"}
@@ -90,6 +91,33 @@ def load_prompts(
     keep = keep[:limit]
     columns = {name: [values[row] for row in keep] for name, values in extra.items()}
     return Prompts([texts[row] for row in keep], columns)
+
+
+def load_both(
+    data: ConfigDict, tokenizer: Any, *, prompt_tokens: int
+) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts of `config.data`, each at most `prompt_tokens`."""
+    shape = {
+        "column": data.column or None,
+        "extra_columns": tuple(data.extra_columns),
+        "tokenizer": tokenizer,
+    }
+    for name in ("prefix_words", "prefix_tokens"):
+        shape[name] = data[name] or None
+
+    def load(source, other, split, limit):
+        # Two files are taken whole; one file for both is split.
+        whole = source != other and is_file(source)
+        split = None if whole else split
+        limit = limit or None
+        return load_prompts(source, split=split, limit=limit, seed=data.seed, **shape)
+
+    train = load(data.train, data.heldout, "train", data.limit)
+    heldout = load(data.heldout, data.train, "heldout", data.heldout_limit)
+    # All of them now: a prompt that does not fit is not to be met in some later phase.
+    for prompts in (train, heldout):
+        encode_prompts(tokenizer, prompts.texts, length=prompt_tokens)
+    return train, heldout
 
 
 def phase_batch(prompts: Prompts, phase: int, *, batch_size: int, seed: int) -> Prompts:

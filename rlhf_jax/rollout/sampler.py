@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rlhf_jax import sharding
 from rlhf_jax.data.tokenizer import (
@@ -96,6 +97,20 @@ def make_sampler(
         return Rollout(asked, texts, transcript, samples)
 
     return sample
+
+
+def sampler_of(
+    rollout: ConfigDict, model: Model, tokenizer: Any, mesh: Mesh
+) -> Sampler:
+    """The sampler that a config's `rollout` asks for."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    return make_sampler(
+        model,
+        tokenizer,
+        mesh,
+        prompt_tokens=rollout.prompt_tokens,
+        **{name: rollout[name] for name in names},
+    )
 
 
 def records(

@@ -40,10 +40,12 @@ from rlhf_jax import loading, losses, progress, sharding, trainable
 from rlhf_jax.data.cleaning import Cleaning
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.preferences import load_pairs
+from rlhf_jax.data.prompts import load_both
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import build_rewards
+from rlhf_jax.rollout.sampler import sampler_of
 from rlhf_jax.trainers import common, offline, online
 from rlhf_jax.trainers.dpo_settings import loss_types, micro_batch, validate
 from rlhf_jax.trainers.reference import reference_logprobs
@@ -283,8 +285,8 @@ def run(config: ConfigDict) -> None:
         model = policy.model
         tokenizer = loading.load_run_tokenizer(config, console)
         rewards = build_rewards(config.rewards, mesh=mesh)
-        sample = online.make_sampler(config, model, tokenizer, mesh)
-        _, prompts = online.load_both(
+        sample = sampler_of(config.rollout, model, tokenizer, mesh)
+        _, prompts = load_both(
             config.prompts, tokenizer, prompt_tokens=config.rollout.prompt_tokens
         )
 

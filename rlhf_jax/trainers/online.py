@@ -12,9 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import keys, losses, sharding
-from rlhf_jax.data.prompts import Prompts, load_prompts, phase_batch
-from rlhf_jax.data.tables import is_file
-from rlhf_jax.data.tokenizer import encode_prompts
+from rlhf_jax.data.prompts import Prompts, phase_batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import make_heldout
 from rlhf_jax.losses import masked
@@ -230,47 +228,6 @@ def headline(judges: Sequence[str]) -> list[tuple[str, str, str | None]]:
         ("held-out KL", "heldout/kl", None),
         ("held-out length", "heldout/tokens", None),
     ]
-
-
-def make_sampler(
-    config: ConfigDict, model: Model, tokenizer: Any, mesh: Mesh
-) -> sampler.Sampler:
-    """The sampler of `config.rollout`."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p")
-    return sampler.make_sampler(
-        model,
-        tokenizer,
-        mesh,
-        prompt_tokens=config.rollout.prompt_tokens,
-        **{name: config.rollout[name] for name in names},
-    )
-
-
-def load_both(
-    data: ConfigDict, tokenizer: Any, *, prompt_tokens: int
-) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts of `config.data`, each at most `prompt_tokens`."""
-    shape = {
-        "column": data.column or None,
-        "extra_columns": tuple(data.extra_columns),
-        "tokenizer": tokenizer,
-    }
-    for name in ("prefix_words", "prefix_tokens"):
-        shape[name] = data[name] or None
-
-    def load(source, other, split, limit):
-        # Two files are taken whole; one file for both is split.
-        whole = source != other and is_file(source)
-        split = None if whole else split
-        limit = limit or None
-        return load_prompts(source, split=split, limit=limit, seed=data.seed, **shape)
-
-    train = load(data.train, data.heldout, "train", data.limit)
-    heldout = load(data.heldout, data.train, "heldout", data.heldout_limit)
-    # All of them now: a prompt that does not fit is not to be met in some later phase.
-    for prompts in (train, heldout):
-        encode_prompts(tokenizer, prompts.texts, length=prompt_tokens)
-    return train, heldout
 
 
 def make_evaluation(

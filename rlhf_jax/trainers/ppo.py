@@ -37,14 +37,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import keys, loading, losses, progress, sharding, trainable
-from rlhf_jax.data.prompts import Prompts
+from rlhf_jax.data.prompts import Prompts, load_both
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
 from rlhf_jax.rollout.logprobs import Transcript, response_hidden
-from rlhf_jax.rollout.sampler import Sampler
+from rlhf_jax.rollout.sampler import Sampler, sampler_of
 from rlhf_jax.trainers import common, online
 from rlhf_jax.trainers.minibatches import (
     check_minibatches,
@@ -346,8 +346,8 @@ def run(config: ConfigDict) -> None:
         policy = loading.load_model(config.model, config, mesh)
         tokenizer = loading.load_run_tokenizer(config, console)
         rewards = build_rewards(config.rewards, mesh=mesh)
-        sample = online.make_sampler(config, policy.model, tokenizer, mesh)
-        prompts, heldout = online.load_both(
+        sample = sampler_of(config.rollout, policy.model, tokenizer, mesh)
+        prompts, heldout = load_both(
             config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens
         )
         trained, frozen = parts = trainable.cut(config, policy.params, mesh)

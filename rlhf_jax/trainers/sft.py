@@ -36,13 +36,15 @@ from rlhf_jax.data.packing import (
     pack_rows,
     pad_rows,
 )
+from rlhf_jax.data.prompts import load_both
 from rlhf_jax.data.rows import Completion
 from rlhf_jax.data.texts import load_completions, load_texts
 from rlhf_jax.data.tokenizer import special_tokens
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.trainers import common, offline, online
+from rlhf_jax.rollout.sampler import sampler_of
+from rlhf_jax.trainers import common, offline
 from rlhf_jax.trees import join
 
 FIELDS = {
@@ -229,8 +231,8 @@ def run(config: ConfigDict) -> None:
         tokenizer = loading.load_run_tokenizer(config, console, texts)
         train, heldout = load_data(config, tokenizer, console)
         loaded = loading.load_model(config.model, config, mesh)
-        sample = online.make_sampler(config, loaded.model, tokenizer, mesh)
-        _, prompts = online.load_both(
+        sample = sampler_of(config.rollout, loaded.model, tokenizer, mesh)
+        _, prompts = load_both(
             config.prompts, tokenizer, prompt_tokens=config.rollout.prompt_tokens
         )
         trained, frozen = trainable.cut(config, loaded.params, mesh)

@@ -1,11 +1,11 @@
-import jax
+"""Training and held-out prompts of one config."""
+
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import keys
+from rlhf_jax.data.prompts import load_both
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.trainers import online
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def test_two_files_are_taken_whole(tmp_path, tokenizer):
     config = data(
         write(tmp_path / "a.txt", 30, "one"), write(tmp_path / "b.txt", 20, "two")
     )
-    train, heldout = online.load_both(config, tokenizer, prompt_tokens=16)
+    train, heldout = load_both(config, tokenizer, prompt_tokens=16)
     assert sorted(train.texts) == sorted(f"one {i}" for i in range(30))
     assert sorted(heldout.texts) == sorted(f"two {i}" for i in range(20))
 
 
 def test_one_file_for_both_is_split(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", 200, "one")
-    train, heldout = online.load_both(data(path, path), tokenizer, prompt_tokens=16)
+    train, heldout = load_both(data(path, path), tokenizer, prompt_tokens=16)
     assert not set(train.texts) & set(heldout.texts)
     assert len(train.texts) + len(heldout.texts) == 200
     assert 8 <= len(heldout.texts) <= 35  # a tenth, by hash
@@ -56,14 +56,4 @@ def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
     path.write_text("one\n" + "two three four five " * 10 + "\n")
     other = write(tmp_path / "b.txt", 3, "one")
     with pytest.raises(UserError, match="more than the 16 allowed"):
-        online.load_both(data(path, other), tokenizer, prompt_tokens=16)
-
-
-def test_branches_and_phases_have_keys_of_their_own():
-    seen = {
-        tuple(jax.random.key_data(keys.branch_key(seed, branch, phase)).tolist())
-        for seed in (0, 1)
-        for branch in (keys.INIT, keys.SAMPLING, keys.ORDER, keys.HELDOUT)
-        for phase in (0, 1, 2)
-    }
-    assert len(seen) == 24
+        load_both(data(path, other), tokenizer, prompt_tokens=16)

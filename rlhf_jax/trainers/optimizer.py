@@ -69,9 +69,10 @@ def scale_by_name(
 
     def init(params: Any) -> optax.EmptyState:
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        names = sorted({weight_name(path) for path in paths})
+        # optax also asks with a placeholder in place of the whole tree.
+        names = sorted({weight_name(path) for path in paths} - {""})
         for pattern, _ in scales:
-            if not any(re.search(pattern, name) for name in names):
+            if names and not any(re.search(pattern, name) for name in names):
                 raise UserError(
                     f"config.optimizer.lr_scales has the pattern {pattern!r}, which is "
                     f"in none of the weights' names: they are {', '.join(names)}"

@@ -5,7 +5,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
+from rlhf_jax.loading import init_optimizer
 from rlhf_jax.trainers.optimizer import (
     learning_rate,
     make_optimizer,
@@ -208,3 +210,16 @@ def test_scaled_rates_inside_the_optimizer():
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates["fast"], -1e-2, rtol=1e-3)
     np.testing.assert_allclose(updates["slow"], -1e-3, rtol=1e-3)
+
+
+def test_scaled_rates_on_a_mesh():
+    """The moments' places on the mesh are found with a tree that has no names."""
+    params = as_float32(random_tree(np.random.default_rng(0)))
+    optimizer = make_optimizer(
+        make_config(lr_scales=(("layers/mlp", 0.1),)), 1e-2, total_steps=10
+    )
+    state = init_optimizer(optimizer, params, sharding.make_mesh())
+    updates, _ = optimizer.update(params, state, params)
+    size = jax.tree.map(lambda update: jnp.abs(update).max(), updates)
+    np.testing.assert_allclose(size["layers"]["mlp"]["up"]["bias"], 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(size["embed"]["tokens"], 1e-2, rtol=1e-3)

@@ -8,6 +8,10 @@ cost above zero is unsafe. The package has no such data; the source may also be 
 of the same columns, or, with --config.data.preference=better, one with chosen (the
 safer one), rejected, chosen_safe and rejected_safe (`rlhf_jax.data.formats`).
 
+Its prompts stand in words of safe-rlhf's. Where it gives costs, they have to be there
+too: by the same `data.prompt_template` of PPO, or in the `text` of the reward,
+"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}".
+
 The loss is that of Safe RLHF, Dai et al. 2023, https://arxiv.org/abs/2310.12773. The
 model it starts from is the small one that ships, which has read reviews alone: for
 costs to rely on take a model that knows the subject, `--config.model=...`, with some
@@ -42,6 +46,8 @@ def get_config() -> ConfigDict:
                 "alpha": 32.0,
                 "dropout": 0.0,
                 "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+                # A folder with an adapter, or a run's, to go on from; "": a fresh one.
+                "start": "",
             },
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
@@ -54,6 +60,10 @@ def get_config() -> ConfigDict:
                 "heldout_split": "validation",  # the others; of a hub often "test"
                 "preference": "safer",  # of PKU-SafeRLHF; "better": the column chosen
                 "min_characters": 0,  # of each response
+                # Around prompts that are no chats, "" for nothing; this is safe-rlhf's.
+                "prompt_template": (
+                    "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
+                ),
             },
             "sequence_tokens": 256,  # of prompt, response and EOS
             "learning": {
@@ -77,6 +87,9 @@ def get_config() -> ConfigDict:
             "evaluate_every": 1,  # phases; 0: at the start and the end
             "samples_every": 0,
             "checkpoint": {"every": 2, "keep": 2, "keep_every": 0},  # keep 0: all
+            # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
+            # training and exports the last good checkpoint. KL in nats, 0: no bound.
+            "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

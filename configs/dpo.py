@@ -36,6 +36,9 @@ def get_config() -> ConfigDict:
                 "alpha": 32.0,
                 "dropout": 0.0,
                 "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+                # A folder with an adapter, or a run's, to go on from: it is in the
+                # reference too. "": a fresh one.
+                "start": "",
             },
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
@@ -43,6 +46,8 @@ def get_config() -> ConfigDict:
                 "source": "builtin:reviews",  # or a file, a hub's data set
                 "domains": ("movie", "product"),  # of the built-in sentences
                 "min_characters": 0,  # of a response
+                # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".
+                "prompt_template": "",
             },
             "sequence_tokens": 40,  # of prompt, response and EOS
             "learning": {
@@ -86,6 +91,7 @@ def get_config() -> ConfigDict:
                 "heldout": "builtin",
                 "column": "",
                 "extra_columns": (),
+                "prompt_template": "",  # the same as of the data, if there is one
                 "prefix_words": 0,
                 "prefix_tokens": 0,
                 "limit": 0,
@@ -108,6 +114,9 @@ def get_config() -> ConfigDict:
             "evaluate_every": 5,  # phases; 0: at the start and the end
             "samples_every": 5,
             "checkpoint": {"every": 5, "keep": 0, "keep_every": 0},  # keep 0: all
+            # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
+            # training and exports the last good checkpoint. KL in nats, 0: no bound.
+            "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

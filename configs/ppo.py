@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
                 "alpha": 32.0,
                 "dropout": 0.0,
                 "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+                # A folder with an adapter, or a run's, to go on from: it is in the
+                # reference too. "": a fresh one.
+                "start": "",
             },
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
@@ -46,6 +49,8 @@ def get_config() -> ConfigDict:
                 "column": "",  # "": "prompt", or else "text"
                 "extra_columns": (),  # handed to the rewards by name
                 "chat_template": "",  # a Jinja file; "": the tokenizer's own
+                # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".
+                "prompt_template": "",
                 "prefix_words": 0,
                 "prefix_tokens": 0,
                 "limit": 0,
@@ -62,6 +67,8 @@ def get_config() -> ConfigDict:
             },
             # name -> source and weight; the reward is the weighted sum.
             "rewards": {"human": {"source": "builtin:reward", "weight": 1.0}},
+            # A cost, named as rewards are; a response above the limit pays the penalty.
+            "safety": {"source": "", "limit": 0.0, "penalty": 1.0},
             # Measured on held-out prompts only, never trained on.
             "judges": {"vader": {"source": "vader", "weight": 1.0}},
             "critic": {
@@ -106,6 +113,9 @@ def get_config() -> ConfigDict:
             "evaluate_every": 10,  # phases; 0: at the start and the end
             "samples_every": 10,
             "checkpoint": {"every": 10, "keep": 0, "keep_every": 0},  # keep 0: all
+            # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
+            # training and exports the last good checkpoint. KL in nats, 0: no bound.
+            "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

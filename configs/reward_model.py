@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
                 "alpha": 32.0,
                 "dropout": 0.0,
                 "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+                # A folder with an adapter, or a run's, to go on from; "": a fresh one.
+                "start": "",
             },
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: what is left
@@ -62,6 +64,8 @@ def get_config() -> ConfigDict:
                 "heldout_split": "validation",  # the others; of a hub often "test"
                 "preference": "better",  # or "safer", of PKU-SafeRLHF
                 "min_characters": 0,  # of each response
+                # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".
+                "prompt_template": "",
             },
             "sequence_tokens": 48,  # of prompt, response and EOS
             "learning": {
@@ -89,6 +93,9 @@ def get_config() -> ConfigDict:
             "evaluate_every": 1,  # phases; 0: at the start and the end
             "samples_every": 0,
             "checkpoint": {"every": 4, "keep": 2, "keep_every": 0},  # keep 0: all
+            # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
+            # training and exports the last good checkpoint. KL in nats, 0: no bound.
+            "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
                 "alpha": 32.0,
                 "dropout": 0.0,
                 "targets": ("query", "key", "value", "out", "gate", "up", "down"),
+                # A folder with an adapter, or a run's, to go on from; "": a fresh one.
+                "start": "",
             },
             "freeze": (),  # patterns of weights' names, as "embed" or "layers/mlp"
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
@@ -51,6 +53,8 @@ def get_config() -> ConfigDict:
                 "domains": ("movie", "product"),
                 "min_characters": 0,  # of a response
                 "chat_template": "",  # a Jinja file; "": the tokenizer's own
+                # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".
+                "prompt_template": "",
             },
             "sequence_tokens": 64,
             "learning": {
@@ -81,6 +85,7 @@ def get_config() -> ConfigDict:
                 "heldout": "builtin",
                 "column": "",
                 "extra_columns": (),
+                "prompt_template": "",  # the same as of the data, if there is one
                 "prefix_words": 0,
                 "prefix_tokens": 0,
                 "limit": 0,
@@ -98,6 +103,9 @@ def get_config() -> ConfigDict:
             "evaluate_every": 2,
             "samples_every": 3,
             "checkpoint": {"every": 3, "keep": 2, "keep_every": 0},
+            # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
+            # training and exports the last good checkpoint. KL in nats, 0: no bound.
+            "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

@@ -28,7 +28,8 @@ def text_or_messages(value: Any, place: str) -> Prompt:
     if isinstance(value, list):
         found = f"a list of {type(value[0]).__name__}" if value else "an empty list"
     raise UserError(
-        f"{place} should be a string or a list of chat messages, not {found}"
+        f"{place} should be a string or a list of chat messages, not {found}; mend the "
+        "row, or drop it"
     )
 
 
@@ -74,5 +75,6 @@ def wrong_type(
 ) -> UserError:
     """The error of a value that is none of what its column may hold."""
     return UserError(
-        f"{table.place(row)}: {column!r} should be {expected}, not {value!r:.60}"
+        f"{table.place(row)}: {column!r} should be {expected}, not {value!r:.60}; mend "
+        "the row, or drop it"
     )

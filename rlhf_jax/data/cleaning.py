@@ -1,16 +1,20 @@
 """What is done to rows before anyone learns from them, with every loss counted.
 
 In this order: the rows of the split are taken; unusable ones, ties, empty and short
-responses and duplicates go; prompts are written by the chat template and lose their
-beginning if they do not fit; what is also in the held-out split goes.
+responses and duplicates go; prompts are written by the chat template, or the template
+of plain ones, and lose their beginning if they do not fit; what is also in the held-out
+split goes.
 
 Counts are a dict of reason -> rows dropped, then "kept", and last "prompts cut": how
-many of those kept had their prompt shortened.
+many of those kept had their prompt shortened. Where a data set has a single split, the
+rows that the other side has of it are counted too.
 """
 
 import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from rlhf_jax.data import dialogues
 from rlhf_jax.data.dialogues import Prompt
@@ -29,11 +33,30 @@ class Cleaning(NamedTuple):
 
     min_characters: int = 0  # of each response, without the spaces around it
     max_tokens: int | None = None  # of prompt + response + EOS; None cuts nothing
+    prompt_template: str = ""  # around plain prompts: "USER: {prompt} ASSISTANT:"
     stratify: str = ""  # a column: a file holds out one tenth of its every value
     apart_from: Sequence[Row] = ()  # held-out rows; what is among them is dropped
 
 
 AS_IT_IS = Cleaning()
+
+# What helps where all rows were dropped for one reason.
+CURES = {
+    "tie": "give pairs whose two responses differ",
+    "empty response": "give responses that say something",
+    dialogues.NO_ANSWER: "give dialogues with a turn of the assistant",
+    dialogues.NO_ANSWER_AT_END: "give dialogues that end with the assistant's turn",
+    dialogues.NO_QUESTION: "give dialogues in which the user says something",
+}
+
+
+def cleaning_of(config: ConfigDict) -> Cleaning:
+    """What a run's `data` and `sequence_tokens` ask for."""
+    return Cleaning(
+        min_characters=config.data.min_characters,
+        max_tokens=config.sequence_tokens,
+        prompt_template=config.data.get("prompt_template", ""),
+    )
 
 
 def prepare_rows(
@@ -59,18 +82,25 @@ def prepare_rows(
     numbers = split_rows(table, split, keys, stratify=cleaning.stratify)
     places = [table.place(number) for number in numbers]
     drafts = drop_faulty([rows[number] for number in numbers], cleaning.min_characters)
+    template = cleaning.prompt_template
     written = [
-        row if isinstance(row, Dropped) else _write(row, tokenizer, place)
+        row if isinstance(row, Dropped) else _write(row, tokenizer, place, template)
         for row, place in zip(drafts, places)
     ]
     fitting = written
     if cleaning.max_tokens is not None:
-        fitting = cut_prompts(drafts, written, places, tokenizer, cleaning.max_tokens)
+        fitting = cut_prompts(
+            *(drafts, written, places, tokenizer, cleaning.max_tokens),
+            template=template,
+        )
     ready = drop_leaks(fitting, cleaning.apart_from)
     kept = [row for row in ready if not isinstance(row, Dropped)]
     counts = collections.Counter(r.reason for r in ready if isinstance(r, Dropped))
     if not kept:
-        raise _nothing_left(table, split, len(numbers), counts)
+        raise _nothing_left(table, split, places, counts)
+    if table.unsplit and split is not None:
+        other = "held-out" if split == "train" else "training"
+        counts[f"in the {other} part of its only split"] = table.rows - len(numbers)
     counts["kept"] = len(kept)
     if cleaning.max_tokens is not None:
         counts["prompts cut"] = sum(
@@ -125,13 +155,15 @@ def cut_prompts(
     places: Sequence[str],
     tokenizer: Any,
     max_tokens: int,
+    *,
+    template: str = "",
 ) -> list[Row | Dropped]:
     """Shortens the prompts that do not fit with their longest response and EOS.
 
     A dialogue loses whole turns from its start, as many as it must; what is still too
-    long loses the first tokens of what is said first. A row whose responses leave no
-    room for a prompt is dropped. A row without a prompt stays as it is: there is
-    nothing to cut.
+    long loses the first tokens of what is said first. A template stays whole. A row
+    whose responses leave no room for a prompt is dropped. A row without a prompt stays
+    as it is: there is nothing to cut.
 
     Args:
       drafts: rows as `formats` gives them, with messages.
@@ -139,6 +171,7 @@ def cut_prompts(
       places: of each row, for errors.
       tokenizer: a transformers tokenizer.
       max_tokens: at most so many tokens.
+      template: what the strings were written with.
     """
     live = [row for row in written if not isinstance(row, Dropped)]
     texts = [text for row in live for text in (row.prompt, *responses(row))]
@@ -150,7 +183,7 @@ def cut_prompts(
             size = next(counted)
             room = spare - max(next(counted) for _ in responses(row))
             if row.prompt and size > room:
-                prompt = shorten_prompt(draft.prompt, room, tokenizer, place)
+                prompt = shorten_prompt(draft.prompt, room, tokenizer, place, template)
                 row = (
                     row._replace(prompt=prompt)
                     if prompt
@@ -161,12 +194,12 @@ def cut_prompts(
 
 
 def shorten_prompt(
-    prompt: Prompt, room: int, tokenizer: Any, place: str = ""
+    prompt: Prompt, room: int, tokenizer: Any, place: str = "", template: str = ""
 ) -> str | None:
     """The prompt as a string of at most `room` tokens; None if that leaves no word."""
 
     def excess() -> int:
-        text = dialogues.render(prompt, tokenizer, place)
+        text = dialogues.render(prompt, tokenizer, place, template)
         return len(encode_texts(tokenizer, [text])[0]) - room
 
     while (over := excess()) > 0:
@@ -185,7 +218,7 @@ def shorten_prompt(
         words = tail if len(tail) < len(words) else words[1:]
         prompt = dialogues.with_first_words(prompt, words)
         over = excess()
-    return dialogues.render(prompt, tokenizer, place)
+    return dialogues.render(prompt, tokenizer, place, template)
 
 
 def drop_leaks(
@@ -221,17 +254,22 @@ def _fault(texts: Sequence[str], min_characters: int) -> str:
     return ""
 
 
-def _write(row: Row, tokenizer: Any, place: str) -> Row:
-    return row._replace(prompt=dialogues.render(row.prompt, tokenizer, place))
+def _write(row: Row, tokenizer: Any, place: str, template: str) -> Row:
+    text = dialogues.render(row.prompt, tokenizer, place, template)
+    return row._replace(prompt=text)
 
 
 def _nothing_left(
-    table: Table, split: str | None, count: int, reasons: Counts
+    table: Table, split: str | None, places: Sequence[str], reasons: Counts
 ) -> UserError:
-    found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-    if not count:
-        found = "the file has too few prompts to hold a tenth out"
+    """The error of a split all of whose rows were dropped, or that has none."""
+    found, cure = "too few prompts to hold a tenth out", ""
+    if places:
+        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        found += f", from {places[0]} on"
+    if len(reasons) == 1:
+        cure = CURES.get(*reasons, "")
     return UserError(
         f"nothing is left for {split or 'training'} of the {table.rows} rows of "
-        f"{table.source} ({found}): give it more rows, or ask less of them"
+        f"{table.source} ({found}): {cure or 'give it more rows, or ask less of them'}"
     )

@@ -25,6 +25,7 @@ from rlhf_jax.errors import UserError, first_line
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 GUANACO_HUMAN, GUANACO_ASSISTANT = "### Human:", "### Assistant:"
+ALPACA_RESPONSE = "### Response:\n"
 NO_ANSWER, NO_ANSWER_AT_END = "no assistant turn", "no assistant turn at the end"
 NO_QUESTION = "no user turn"
 
@@ -227,22 +228,44 @@ def plain_text(prompt: Prompt) -> str:
     return "\n\n".join(message.content for message in prompt)
 
 
-def render(prompt: Prompt, tokenizer: Any, place: str) -> str:
+def fill_template(prompt: str, template: str) -> str:
+    """A plain prompt with words around it, "USER: {prompt} ASSISTANT:" for example.
+
+    Without them nothing tells where the prompt ends and the response starts. What ends
+    as a question to an assistant already (HH, guanaco, Alpaca's) stays as it is, and so
+    does an empty prompt.
+
+    Raises:
+      UserError: a template without {prompt}.
+    """
+    if template and "{prompt}" not in template:
+        raise UserError(
+            f"prompt_template={template!r} has no {{prompt}} in it: say where the "
+            'prompt goes, as in "USER: {prompt} ASSISTANT:", or give ""'
+        )
+    asked = prompt.endswith((HH_ASSISTANT, GUANACO_ASSISTANT, ALPACA_RESPONSE))
+    if not template or not prompt or asked:
+        return prompt
+    return template.replace("{prompt}", prompt)
+
+
+def render(prompt: Prompt, tokenizer: Any, place: str, template: str = "") -> str:
     """The prompt as a string that ends where the assistant's turn starts.
 
     Messages are written by the tokenizer's chat template. A bos at the start is left
     out if the tokenizer itself puts one before every text: else there would be two.
 
     Args:
-      prompt: strings come back unchanged.
+      prompt: messages or a string.
       tokenizer: a transformers tokenizer; None will do for strings.
       place: of the row, for errors.
+      template: what is around strings, as `fill_template` takes it.
 
     Raises:
       UserError: no chat template, or one that does not take these messages.
     """
     if isinstance(prompt, str):
-        return prompt
+        return fill_template(prompt, template)
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from rlhf_jax.data import cells, dialogues, pair_formats
 from rlhf_jax.data.dialogues import Prompt
 from rlhf_jax.data.rows import Completion, Dropped, Pair
-from rlhf_jax.data.tables import Table, read_texts
+from rlhf_jax.data.tables import Table, header, read_texts
 from rlhf_jax.errors import UserError
 
 PREFERENCES = ("better", "safer")
@@ -34,12 +34,13 @@ PREFERENCES = ("better", "safer")
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that "
     "appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n" + dialogues.ALPACA_RESPONSE
 )
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides "
     "further context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    + dialogues.ALPACA_RESPONSE
 )
 
 
@@ -139,7 +140,7 @@ def _unknown(
     table: Table, wanted: str, formats: Sequence[Format], more: str = ""
 ) -> UserError:
     return UserError(
-        f"{table.source} has no columns that hold {wanted}: it has "
+        f"{table.source} has no columns that hold {wanted}: {header(table)} "
         f"{', '.join(table.columns)}; rename them to one of these sets: {more}"
         + "; ".join(f"{_listed(form)} ({form.name})" for form in formats)
     )

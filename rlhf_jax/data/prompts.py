@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import dialogues
+from rlhf_jax.data.dialogues import Prompt
 from rlhf_jax.data.formats import read_prompts
 from rlhf_jax.data.order import phase_rows
-from rlhf_jax.data.splits import open_split, split_rows
-from rlhf_jax.data.tables import Table, is_file, load_table, read_texts
-from rlhf_jax.data.tokenizer import encode_prompts, encode_texts
+from rlhf_jax.data.splits import has_splits, open_split, split_rows
+from rlhf_jax.data.tables import Table, load_table, read_texts
+from rlhf_jax.data.tokenizer import encode_texts, start_tokens
 from rlhf_jax.errors import UserError
 
 BUILTIN = {"train": "prompts_train.txt", "heldout": "prompts_heldout.txt"}
@@ -41,6 +42,8 @@ def load_prompts(
     seed: int | None = None,
     prefix_words: int | None = None,
     prefix_tokens: int | None = None,
+    prompt_template: str = "",
+    max_tokens: int | None = None,
     tokenizer=None,
 ) -> Prompts:
     """The prompts of a source.
@@ -49,7 +52,7 @@ def load_prompts(
       source: "builtin", or a file, folder or data set as in `data.tables`.
       split: "train" or "heldout". Of builtin: None is "train". Of a file: nine tenths
         and one tenth by a hash of the prompt; None is all of it. Of a hub's data set:
-        its split of that name ("heldout" is its "test"); None is "train".
+        as `splits.open_split` has it ("heldout" is its "test"); None is "train".
       column: where the text is; None is what `formats.read_prompts` takes: "prompt",
         what precedes the responses in any known format, or "text".
       extra_columns: handed to the reward functions by name.
@@ -58,10 +61,14 @@ def load_prompts(
       prefix_words: the prompt is only the first so many words of the text (HTML line
         breaks and runs of spaces become single spaces); shorter texts are dropped.
       prefix_tokens: the same in tokens of `tokenizer`.
-      tokenizer: writes chat messages by its template, and counts `prefix_tokens`.
+      prompt_template: what is around a prompt that is no chat, "" for nothing; as in
+        `dialogues.fill_template`.
+      max_tokens: how many tokens a prompt may have.
+      tokenizer: writes chat messages by its template, and counts tokens.
 
     Raises:
-      UserError: whatever is wrong with the source, with file and line; nothing left.
+      UserError: whatever is wrong with the source, with file and line; nothing left; a
+        prompt that is too long.
     """
     if prefix_words is not None and prefix_tokens is not None:
         raise UserError("give prefix_words or prefix_tokens, not both")
@@ -70,13 +77,15 @@ def load_prompts(
         if value is not None and value < 1:
             raise UserError(f"{name} should be at least 1, not {value}")
     table = _open(source, split)
-    texts, keys, extra = _read(table, column, extra_columns, tokenizer)
+    prompts, extra = _read(table, column, extra_columns)
     if prefix_words is not None:
-        texts = [_first_words(text, prefix_words) for text in texts]
+        texts = _write(prompts, table, tokenizer)
+        prompts = [_first_words(text, prefix_words) for text in texts]
     if prefix_tokens is not None:
-        texts = _first_tokens(texts, prefix_tokens, tokenizer)
-    if prefix_words is not None or prefix_tokens is not None:
-        keys = [text or "" for text in texts]
+        texts = _write(prompts, table, tokenizer)
+        prompts = _first_tokens(texts, prefix_tokens, tokenizer)
+    keys = [dialogues.plain_text(prompt or "") for prompt in prompts]
+    texts = _write(prompts, table, tokenizer, prompt_template)
     keep = range(table.rows)
     if source != "builtin":  # whose splits are files of their own
         keep = split_rows(table, split, keys)
@@ -89,6 +98,8 @@ def load_prompts(
     if seed is not None:
         keep = np.random.default_rng(seed).permutation(keep).tolist()
     keep = keep[:limit]
+    if max_tokens is not None:
+        _check_lengths(texts, keep, table, tokenizer, max_tokens)
     columns = {name: [values[row] for row in keep] for name, values in extra.items()}
     return Prompts([texts[row] for row in keep], columns)
 
@@ -100,24 +111,24 @@ def load_both(
     shape = {
         "column": data.column or None,
         "extra_columns": tuple(data.extra_columns),
+        "prompt_template": data.get("prompt_template", ""),
+        # All of them now: what does not fit is not to be met in some later phase.
+        "max_tokens": prompt_tokens,
         "tokenizer": tokenizer,
     }
     for name in ("prefix_words", "prefix_tokens"):
         shape[name] = data[name] or None
 
     def load(source, other, split, limit):
-        # Two files are taken whole; one file for both is split.
-        whole = source != other and is_file(source)
+        # Two sources without splits are taken whole; one for both is cut.
+        same = source.removeprefix("hf:") == other.removeprefix("hf:")
+        whole = not same and source != "builtin" and not has_splits(source)
         split = None if whole else split
         limit = limit or None
         return load_prompts(source, split=split, limit=limit, seed=data.seed, **shape)
 
     train = load(data.train, data.heldout, "train", data.limit)
-    heldout = load(data.heldout, data.train, "heldout", data.heldout_limit)
-    # All of them now: a prompt that does not fit is not to be met in some later phase.
-    for prompts in (train, heldout):
-        encode_prompts(tokenizer, prompts.texts, length=prompt_tokens)
-    return train, heldout
+    return train, load(data.heldout, data.train, "heldout", data.heldout_limit)
 
 
 def phase_batch(prompts: Prompts, phase: int, *, batch_size: int, seed: int) -> Prompts:
@@ -128,9 +139,9 @@ def phase_batch(prompts: Prompts, phase: int, *, batch_size: int, seed: int) -> 
 
 
 def _read(
-    table: Table, column: str | None, extra_columns: Sequence[str], tokenizer: Any
-) -> tuple[list[str | None], list[str], dict[str, list[Any]]]:
-    """All texts of the table, what tells the split of each, and the extra columns."""
+    table: Table, column: str | None, extra_columns: Sequence[str]
+) -> tuple[list[Prompt | None], dict[str, list[Any]]]:
+    """All prompts of the table, None for a row without one, and the extra columns."""
     for name in extra_columns:
         if name not in table.columns:
             raise UserError(
@@ -139,16 +150,38 @@ def _read(
             )
     extra = {name: table.read(name) for name in extra_columns}
     if column is not None:
-        texts = read_texts(table, column)
-        return list(texts), texts, extra
-    prompts = read_prompts(table)
-    texts = [
+        return list(read_texts(table, column)), extra
+    return read_prompts(table), extra
+
+
+def _write(
+    prompts: Sequence[Prompt | None], table: Table, tokenizer: Any, template: str = ""
+) -> list[str | None]:
+    """The prompts as strings, None for a row without one."""
+    return [
         None
         if prompt is None
-        else dialogues.render(prompt, tokenizer, table.place(row))
+        else dialogues.render(prompt, tokenizer, table.place(row), template)
         for row, prompt in enumerate(prompts)
     ]
-    return texts, [dialogues.plain_text(prompt or "") for prompt in prompts], extra
+
+
+def _check_lengths(
+    texts: Sequence[str | None],
+    rows: Sequence[int],
+    table: Table,
+    tokenizer: Any,
+    max_tokens: int,
+) -> None:
+    """Raises a `UserError` for the first of these rows whose prompt is too long."""
+    start = len(start_tokens(tokenizer))
+    for row, ids in zip(rows, encode_texts(tokenizer, [texts[row] for row in rows])):
+        if start + len(ids) > max_tokens:
+            raise UserError(
+                f"{table.place(row)}: the prompt has {start + len(ids)} tokens, more "
+                f"than the {max_tokens} allowed: {texts[row][:60]!r} (raise "
+                "config.rollout.prompt_tokens, or shorten it)"
+            )
 
 
 def _open(source: str, split: str | None) -> Table:

@@ -2,18 +2,19 @@
 
 A file has no splits: one prompt in ten is held out, told by its hash, so that a prompt
 is on the same side in every file, for every model, whatever else the file holds. A data
-set of a hub has its own.
+set of a hub has its own; where it has rows of training alone, they are cut as a file's.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.data.tables import Table, is_file, is_heldout, load_table
+from rlhf_jax.data.tables import Table, hub_splits, is_file, is_heldout, load_table
 from rlhf_jax.errors import UserError
 
 FILE_SPLITS = {"train": False, "validation": True, "heldout": True}
+# What a hub may call its held-out rows, the first that it has.
+HUB_NAMES = {"validation": ("validation", "test"), "heldout": ("test", "validation")}
 SHARE = 10  # one prompt in so many is held out
 
 
@@ -23,27 +24,37 @@ def open_split(source: str, split: str | None) -> Table:
     Args:
       source: as in `tables.load_table`.
       split: of a file one of `FILE_SPLITS`, or None for the whole file. Of a hub, in
-        its own words ("train[:90%]" is a part); "heldout" means its "test", and so
-        does "validation" where it has none.
+        its own words ("train[:90%]" is a part); "heldout" means its "test" and
+        "validation" the split of that name, and where it lacks the one it means the
+        other. Where it has neither, all three of `FILE_SPLITS` are its "train", of
+        which `split_rows` takes a part.
 
     Raises:
       UserError: a split that is none, or whatever is wrong with the source.
     """
-    if not is_file(source):
-        try:
-            return load_table(source, split="test" if split == "heldout" else split)
-        except UserError as error:
-            if split != "validation":
-                raise
-            with contextlib.suppress(UserError):
-                return load_table(source, split="test")
-            raise error
-    if split is not None and split not in FILE_SPLITS:
-        raise UserError(
-            f"{source} is a file and has no split {split!r}: choose from "
-            + ", ".join(FILE_SPLITS)
-        )
-    return load_table(source)
+    if is_file(source):
+        if split is not None and split not in FILE_SPLITS:
+            raise UserError(
+                f"{source} is a file and has no split {split!r}: choose from "
+                + ", ".join(FILE_SPLITS)
+            )
+        return load_table(source)
+    if split not in FILE_SPLITS:
+        return load_table(source, split=split)
+    names = hub_splits(source)
+    if "train" in names and not _heldout_names(names):
+        return load_table(source, split="train")._replace(unsplit=True)
+    own = [name for name in HUB_NAMES.get(split, ()) if name in names]
+    return load_table(source, split=own[0] if own else split)
+
+
+def has_splits(source: str) -> bool:
+    """Whether a source has held-out rows of its own; a file has not."""
+    return not is_file(source) and bool(_heldout_names(hub_splits(source)))
+
+
+def _heldout_names(names: Sequence[str]) -> set[str]:
+    return set(names) & {"validation", "test"}
 
 
 def split_rows(
@@ -56,13 +67,15 @@ def split_rows(
       split: the same as there.
       keys: the prompt of each row, of which the hash is taken.
       stratify: a column, of whose every value one tenth of the prompts is held out, one
-        at least; "" leaves the share of each to chance. Only files are split here.
+        at least; "" leaves the share of each to chance. Only files, and data sets that
+        have a single split, are cut here.
     """
-    if stratify and not is_file(table.source):
+    whole = is_file(table.source) or table.unsplit
+    if stratify and not whole:
         raise UserError(
             f"{table.source} has splits of its own: stratify={stratify!r} is for files"
         )
-    if split is None or not is_file(table.source):
+    if split is None or not whole:
         return list(range(table.rows))
     wanted = FILE_SPLITS[split]
     if not stratify:

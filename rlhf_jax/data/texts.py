@@ -8,8 +8,8 @@ from rlhf_jax.data.cleaning import AS_IT_IS, Cleaning, Counts, prepare_rows
 from rlhf_jax.data.formats import read_completions
 from rlhf_jax.data.preferences import preference_pairs
 from rlhf_jax.data.rows import Completion
-from rlhf_jax.data.splits import open_split
-from rlhf_jax.data.tables import is_file, is_heldout, load_table, read_texts
+from rlhf_jax.data.splits import open_split, split_rows
+from rlhf_jax.data.tables import read_texts
 from rlhf_jax.errors import UserError
 
 CHOSEN = "builtin:chosen"
@@ -66,7 +66,7 @@ def load_texts(source: str, *, split: str, domains: Sequence[str] = ()) -> list[
         or data set as in `data.tables`, with a column "text".
       split: "train", "validation" or "test" of the built-in sentences. Of a file:
         "train" and "validation" are nine tenths and one tenth by a hash of the text.
-        Of a hub's data set, its own split of that name.
+        Of a hub's data set, its own split of that name, as in `splits.open_split`.
       domains: of the built-in sentences; none named is all of them.
 
     Raises:
@@ -75,15 +75,9 @@ def load_texts(source: str, *, split: str, domains: Sequence[str] = ()) -> list[
     if source == reviews.SOURCE:
         rows = reviews.load_reviews(split, domains=domains or tuple(reviews.FILES))
         return [row.text for row in rows]
-    if not is_file(source):
-        return read_texts(load_table(source, split=split), "text")
-    if split not in ("train", "validation"):
-        raise UserError(
-            f"{source} is a file and has no split {split!r}: choose from train, "
-            "validation"
-        )
-    texts = read_texts(load_table(source), "text")
-    kept = [text for text in texts if is_heldout(text) == (split == "validation")]
+    table = open_split(source, split)
+    texts = read_texts(table, "text")
+    kept = [texts[row] for row in split_rows(table, split, texts)]
     if not kept:
         raise UserError(
             f"no texts are left for {split} of the {len(texts)} rows of {source}: too "

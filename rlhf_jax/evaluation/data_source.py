@@ -248,10 +248,10 @@ def _columns(table: Table, incomplete: dict[str, str]) -> dict[str, list[Any]]:
 def _cut(
     table: Table, split: str, rows: list[Row | Dropped], columns: dict[str, list[Any]]
 ) -> list[Split]:
-    """The table as one split or, of a file, as the two that training makes of it."""
-    parts = {split: range(table.rows)}
+    """The table as one split, or as training cuts it: a file, or a hub's only split."""
+    keys = [split_key(row) for row in rows]
+    parts = {split: split_rows(table, split or None, keys)}
     if not split:
-        keys = [split_key(row) for row in rows]
         parts = {part: split_rows(table, part, keys) for part in FILE_SPLITS}
     return [
         Split(

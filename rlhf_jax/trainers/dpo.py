@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import loading, losses, progress, sharding, trainable
-from rlhf_jax.data.cleaning import Cleaning
+from rlhf_jax.data.cleaning import cleaning_of
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.preferences import load_pairs
 from rlhf_jax.data.prompts import load_both
@@ -248,9 +248,7 @@ def load_data(
     config: ConfigDict, tokenizer: Any, console: Console, ask: Callable
 ) -> tuple[Pairs, Pairs]:
     """Training and held-out pairs; `ask(split, pairs)` asks the reference, [N, 2]."""
-    cleaning = Cleaning(
-        min_characters=config.data.min_characters, max_tokens=config.sequence_tokens
-    )
+    cleaning = cleaning_of(config)
 
     def load(split, **apart):
         found, counts = load_pairs(
@@ -294,10 +292,11 @@ def run(config: ConfigDict) -> None:
         def score(params, pairs: Pairs):
             return response_logprobs(model, config, params, pairs).logprobs.T
 
+        parts = trainable.cut(config, policy.params, mesh)
         ask = functools.partial(
             reference_logprobs,
             score,
-            policy.params,
+            trainable.start_of(config, parts),
             folder=files.workdir / "reference",
             settings={"dtype": config.dtype, "ld_alpha": config.dpo.ld_alpha},
             batch=micro_batch(config),
@@ -305,9 +304,8 @@ def run(config: ConfigDict) -> None:
             console=console,
         )
         train, heldout = load_data(config, tokenizer, console, ask)
-        parts = trainable.cut(config, policy.params, mesh)
         state, optimizer = offline.make_state(config, parts.trained, mesh)
-        keep = config.evaluate_kl or config.lora.rank  # of an adapter it is no copy
+        keep = config.evaluate_kl or config.lora.rank  # an adapter's copy is small
         reference = trainable.reference_of(config, parts) if keep else None
         evaluate = make_evaluate(
             *(model, config, mesh, heldout),

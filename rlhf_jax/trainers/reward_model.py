@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import loading, losses, progress, sharding, trainable
-from rlhf_jax.data.cleaning import Cleaning
+from rlhf_jax.data.cleaning import cleaning_of
 from rlhf_jax.data.labelled_pairs import (
     MARGINS,
     Pairs,
@@ -308,9 +308,7 @@ def load_data(
     needed = ("chosen_safe", "rejected_safe")  # where the zero of a cost is
     if config.algorithm != COST:
         needed = ("margin",) if config.learning.margin == "column" else ()
-    cleaning = Cleaning(
-        min_characters=data.min_characters, max_tokens=config.sequence_tokens
-    )
+    cleaning = cleaning_of(config)
 
     def load(split, rounds=0, **apart):
         pairs, counts = load_pairs(
@@ -385,8 +383,8 @@ def run(config: ConfigDict) -> None:
         statistics = score_statistics(config, scores(params, some))
         judged = scores(params, heldout)
         loaded = loaded._replace(hf_config=loaded.hf_config | statistics)
-        merged = trainable.merged(config, params)
-        loading.export(config, files, loaded, merged, tokenizer)
+        done = trainable.Parts(state.policy, frozen)
+        trainable.export(config, files, loaded, done, tokenizer)
         if jax.process_index() == 0:
             title = f"{TITLES[config.algorithm]}: {config.workdir}"
             figures, facts = report_pairs(

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax import keys, loading, losses, progress, sharding, trainable
-from rlhf_jax.data.cleaning import Cleaning
+from rlhf_jax.data.cleaning import cleaning_of
 from rlhf_jax.data.packing import (
     Rows,
     encode_completions,
@@ -154,9 +154,7 @@ def load_data(
     config: ConfigDict, tokenizer: Any, console: Any
 ) -> tuple[list[Completion], list[Completion]]:
     """Training and held-out completions; none of the one is in the other."""
-    cleaning = Cleaning(
-        min_characters=config.data.min_characters, max_tokens=config.sequence_tokens
-    )
+    cleaning = cleaning_of(config)
 
     def load(split, **apart):
         rows, counts = load_completions(

@@ -1,8 +1,10 @@
 """Cleaning: what is dropped and cut, each counted; and what nothing is left of."""
 
+import functools
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from rlhf_jax.data import cleaning as cl
 from rlhf_jax.data.cleaning import Cleaning
@@ -108,6 +110,13 @@ def test_a_plain_prompt_loses_its_first_tokens(tokenizer):
     # é is two bytes: the cut falls between them, and no half of it is kept
     assert cl.shorten_prompt("é12", 3, tokenizer) == "12"
     assert cl.shorten_prompt("aaaé😀12", 5, tokenizer) == "12"
+
+
+def test_a_template_is_not_cut(tokenizer):
+    shorten = functools.partial(cl.shorten_prompt, template="Q: {prompt} A:")
+    assert shorten("0123456789", 16, tokenizer) == "Q: 0123456789 A:"
+    assert shorten("0123456789", 10, tokenizer) == "Q: 6789 A:"
+    assert shorten("0123456789", 6, tokenizer) is None
 
 
 def test_a_dialogue_loses_whole_turns_before_tokens(tokenizer):
@@ -229,6 +238,13 @@ def test_the_split_of_a_chat_does_not_depend_on_the_template(tmp_path, tokenizer
     assert found[0].prompt == f"<|user|>{first.prompt}\n<|assistant|>"
 
 
+def test_what_a_config_asks_for():
+    config = ConfigDict({"data": {"min_characters": 3}, "sequence_tokens": 9})
+    assert cl.cleaning_of(config) == Cleaning(min_characters=3, max_tokens=9)
+    config.data["prompt_template"] = "{prompt}!"
+    assert cl.cleaning_of(config).prompt_template == "{prompt}!"
+
+
 def test_chat_data_without_a_template(tmp_path):
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     source = write(tmp_path, [{"messages": chat}])
@@ -238,26 +254,85 @@ def test_chat_data_without_a_template(tmp_path):
         load_completions(source, split=None, tokenizer=train_tokenizer(["x"], 258))
 
 
+def test_plain_prompts_are_written_by_the_template(tmp_path, tokenizer):
+    """Which does not move them to another split; answers follow it at once."""
+    rows = [
+        {
+            "prompt": f"Why {i}?",
+            "response_0": "No.",
+            "response_1": f"So {i}.",
+            "better_response_id": 1,
+        }
+        for i in range(60)
+    ]
+    rows[0]["prompt"] = "long" * 9 + "?"
+    source = write(tmp_path, rows)
+    template = "USER: {prompt} ASSISTANT:"
+    given = Cleaning(max_tokens=40, prompt_template=template)
+    load = functools.partial(load_pairs, source, tokenizer=tokenizer, cleaning=given)
+    plain, _ = load_pairs(source, split="validation")
+    pairs, _ = load(split="validation")
+    assert [pair.prompt for pair in pairs] == [
+        f"USER: {pair.prompt} ASSISTANT:" for pair in plain
+    ]
+    pairs, counts = load(split=None)
+    # 17 bytes of template, 6 of the answer and EOS leave 16 of the prompt
+    cut = ("long" * 9 + "?")[-17:]
+    assert pairs[0] == Pair(f"USER: {cut} ASSISTANT:", "So 0.", "No.")
+    assert len(pairs[0].prompt + pairs[0].chosen) + 1 == 40
+    assert counts["prompts cut"] == 1
+    learned, _ = load_completions(
+        source, split=None, cleaning=given._replace(max_tokens=None)
+    )
+    assert learned[1] == Completion("USER: Why 1? ASSISTANT:", "So 1.")
+
+
+def test_the_only_split_of_a_data_set_is_cut_in_two(tmp_path, hub_cache):
+    """And both sides say so: no row of the one is on the other."""
+    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r"} for i in range(80)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder, rows, "train.jsonl")
+    source = f"hf:{folder}"
+    train, counts = load_pairs(source, split="train")
+    heldout, other = load_pairs(source, split="validation")
+    assert sorted(train + heldout) == sorted(load_pairs(source, split=None)[0])
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
+    held, left = len(heldout), len(train)
+    assert counts == {"in the held-out part of its only split": held, "kept": left}
+    assert other == {"in the training part of its only split": left, "kept": held}
+    assert (len(train), len(heldout)) == (80 - held, held) and 2 < held < 20
+
+
+MORE = "give it more rows, or ask less of them"
+
+
 @pytest.mark.parametrize(
-    ("row", "cleaning", "why"),
+    ("rows", "cleaning", "why", "cure"),
     [
-        ({"chosen": "x", "rejected": "x "}, Cleaning(), "1 tie"),
-        ({"chosen": "", "rejected": "x"}, Cleaning(), "1 empty response"),
         (
-            {"chosen": "x", "rejected": "y"},
-            Cleaning(min_characters=9),
-            "1 response too short",
+            [("x", "x ")] * 2,
+            Cleaning(),
+            "2 tie",
+            "give pairs whose two responses differ",
         ),
+        (
+            [("", "x")],
+            Cleaning(),
+            "1 empty response",
+            "give responses that say somethi",
+        ),
+        ([("x", "y")], Cleaning(min_characters=9), "1 response too short", MORE),
+        ([("", "x"), ("x", "x")], Cleaning(), "1 empty response, 1 tie", MORE),
     ],
 )
-def test_nothing_left(tmp_path, row, cleaning, why):
-    source = write(tmp_path, [row])
+def test_nothing_left(tmp_path, rows, cleaning, why, cure):
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in rows]
+    source = write(tmp_path, rows)
     with pytest.raises(UserError) as caught:
         load_pairs(source, split=None, cleaning=cleaning)
-    assert str(caught.value) == (
-        f"nothing is left for training of the 1 rows of {source} ({why}): give it more "
-        "rows, or ask less of them"
-    )
+    said = f"the {len(rows)} rows of {source} ({why}, from {source} line 1 on): {cure}"
+    assert str(caught.value).startswith(f"nothing is left for training of {said}")
 
 
 def test_a_file_too_small_to_hold_a_tenth_out(tmp_path):

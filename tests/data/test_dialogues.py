@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.data import dialogues
 from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.formats import ALPACA, ALPACA_WITH_INPUT
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.errors import UserError
 
@@ -186,6 +187,42 @@ def test_the_chat_template_writes_the_prompt():
         "<|assistant|>"
     )
     assert dialogues.render("as it is", None, "") == "as it is"
+
+
+SAFE_RLHF = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
+
+
+def test_a_template_of_plain_prompts():
+    whole = "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:"
+    assert dialogues.fill_template("Why?", SAFE_RLHF) == whole
+    assert dialogues.render("Why?", None, "", SAFE_RLHF) == whole
+    assert dialogues.fill_template("Why?", "") == "Why?"
+    # braces mean nothing but where the prompt goes
+    assert dialogues.fill_template("{x}", "{0} {prompt}: {x}") == "{0} {x}: {x}"
+    # messages have a template of their own
+    written = dialogues.render(TURNS[3:], make_tokenizer(), "", SAFE_RLHF)
+    assert written == "<|user|>Two?\n<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "\n\nHuman: Why?\n\nAssistant:",
+        "### Human: Why?### Assistant:",
+        ALPACA.format(instruction="Why?"),
+        ALPACA_WITH_INPUT.format(instruction="Why?", input="x"),
+    ],
+)
+def test_what_asks_for_an_answer_needs_no_template(prompt):
+    assert dialogues.fill_template(prompt, SAFE_RLHF) == prompt
+
+
+def test_a_template_without_a_prompt():
+    with pytest.raises(
+        UserError, match=r"^prompt_template='USER: \{\}' has no \{prompt"
+    ):
+        dialogues.fill_template("Why?", "USER: {}")
 
 
 def test_a_bos_that_the_tokenizer_adds_is_not_written_twice():

@@ -51,9 +51,51 @@ def test_one_file_for_both_is_split(tmp_path, tokenizer):
     assert 8 <= len(heldout.texts) <= 35  # a tenth, by hash
 
 
+def test_the_only_split_of_a_data_set_is_cut_in_two(tmp_path, tokenizer, hub_cache):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.txt", 200, "one")
+    # however it is spelled
+    config = data(folder, f"hf:{folder}")
+    train, heldout = load_both(config, tokenizer, prompt_tokens=16)
+    assert not set(train.texts) & set(heldout.texts)
+    assert len(train.texts) + len(heldout.texts) == 200
+    assert 8 <= len(heldout.texts) <= 35
+
+
+def test_two_data_sets_of_one_split_are_taken_whole(tmp_path, tokenizer, hub_cache):
+    for name, count in (("a", 30), ("b", 20)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.txt", count, name)
+    config = data(tmp_path / "a", tmp_path / "b")
+    train, heldout = load_both(config, tokenizer, prompt_tokens=16)
+    assert sorted(train.texts) == sorted(f"a {i}" for i in range(30))
+    assert sorted(heldout.texts) == sorted(f"b {i}" for i in range(20))
+
+
+def test_two_data_sets_keep_their_splits(tmp_path, tokenizer, hub_cache):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.txt", 30, f"{name} train")
+        write(tmp_path / name / "test.txt", 20, f"{name} test")
+    config = data(tmp_path / "a", tmp_path / "b")
+    train, heldout = load_both(config, tokenizer, prompt_tokens=16)
+    assert sorted(train.texts) == sorted(f"a train {i}" for i in range(30))
+    assert sorted(heldout.texts) == sorted(f"b test {i}" for i in range(20))
+
+
 def test_every_prompt_is_measured_before_the_run(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("one\n" + "two three four five " * 10 + "\n")
     other = write(tmp_path / "b.txt", 3, "one")
-    with pytest.raises(UserError, match="more than the 16 allowed"):
+    with pytest.raises(UserError, match=r"a\.txt line 2: .* more than the 16 allowed"):
         load_both(data(path, other), tokenizer, prompt_tokens=16)
+
+
+def test_the_template_of_the_config_is_around_both(tmp_path, tokenizer):
+    path = write(tmp_path / "a.txt", 200, "one")
+    config = data(path, path)
+    plain = load_both(config, tokenizer, prompt_tokens=16)
+    config["prompt_template"] = "Q: {prompt} A:"
+    for part, bare in zip(load_both(config, tokenizer, prompt_tokens=16), plain):
+        assert part.texts == [f"Q: {text} A:" for text in bare.texts]

@@ -1,6 +1,7 @@
 """Prompts: the shipped ones, files, prefixes, splits, and which a phase takes."""
 
 import collections
+import functools
 import importlib.resources
 import json
 
@@ -161,6 +162,42 @@ def test_prefix_tokens(tmp_path):
         load_prompts(source, prefix_tokens=3)
 
 
+def test_a_template_of_plain_prompts(tmp_path, numbered):
+    template = "USER: {prompt} ASSISTANT:"
+    plain = load_prompts(numbered, split="heldout").texts
+    found = load_prompts(numbered, split="heldout", prompt_template=template).texts
+    assert found == [f"USER: {text} ASSISTANT:" for text in plain] and plain
+    # the prefix is of the text, the template around it
+    source = write(tmp_path / "a.jsonl", ["One two three four", "short"])
+    for column in (None, "text"):
+        found = load_prompts(
+            source, column=column, prefix_words=2, prompt_template=template
+        )
+        assert found.texts == ["USER: One two ASSISTANT:"]
+    tokenizer = train_tokenizer(["x"], 258)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    chat = [{"prompt": [{"role": "user", "content": "Why?"}]}, {"prompt": "Why?"}]
+    source = write(tmp_path / "b.jsonl", chat)
+    found = load_prompts(source, tokenizer=tokenizer, prompt_template=template)
+    assert found.texts == ["<Why?>", "USER: Why? ASSISTANT:"]
+    with pytest.raises(UserError, match=r"prompt_template=.* has no "):
+        load_prompts(numbered, prompt_template="USER:")
+
+
+def test_a_prompt_that_is_too_long_is_told_by_its_place(tmp_path):
+    tokenizer = train_tokenizer([], 258)  # one token a byte
+    source = write(tmp_path / "a.jsonl", ["short", "ten letter", "fine"])
+    load = functools.partial(load_prompts, source, tokenizer=tokenizer)
+    assert len(load(max_tokens=10).texts) == 3
+    with pytest.raises(UserError) as caught:
+        load(max_tokens=9, seed=1)
+    assert str(caught.value) == (
+        f"{source} line 2: the prompt has 10 tokens, more than the 9 allowed: 'ten "
+        "letter' (raise config.rollout.prompt_tokens, or shorten it)"
+    )
+    assert load(max_tokens=5, limit=1).texts == ["short"]
+
+
 def test_bad_arguments(numbered):
     with pytest.raises(UserError, match="prefix_words or prefix_tokens, not both"):
         load_prompts(numbered, prefix_words=1, prefix_tokens=1)
@@ -193,6 +230,7 @@ def test_the_splits_of_a_hub(monkeypatch, split, asked):
         return Table(source, ("text",), 2, lambda column: ["a b", "c d"], str)
 
     monkeypatch.setattr(splits, "load_table", load_table)
+    monkeypatch.setattr(splits, "hub_splits", lambda source: ("train", "test"))
     # all of it: a hub's data set has splits of its own
     assert load_prompts("tfds:imdb_reviews", split=split).texts == ["a b", "c d"]
     assert seen == [("tfds:imdb_reviews", asked)]

@@ -6,7 +6,12 @@ import json
 import pytest
 
 from rlhf_jax.data import splits
-from rlhf_jax.data.splits import open_split, split_rows, stratified_heldout
+from rlhf_jax.data.splits import (
+    has_splits,
+    open_split,
+    split_rows,
+    stratified_heldout,
+)
 from rlhf_jax.data.tables import Table, is_heldout
 from rlhf_jax.errors import UserError
 
@@ -60,36 +65,79 @@ def test_a_prompt_of_two_strata_is_on_one_side():
 
 @pytest.fixture
 def hub(monkeypatch):
-    asked = []
+    """`hub(*splits)`: hf:a/b has these, of 400 rows each; returns what was asked."""
 
-    def load_table(source, *, split=None):
-        asked.append(split)
-        if split not in (None, "train", "test"):
-            raise UserError(f"{source} has no {split}")
-        return Table(source, ("text",), 2, lambda column: ["a", "b"], str)
+    def hub(*names):
+        asked = []
 
-    monkeypatch.setattr(splits, "load_table", load_table)
-    return asked
+        def load_table(source, *, split=None):
+            asked.append(split)
+            if split not in (None, *names, "train[:50%]"):
+                raise UserError(f"{source} has no {split}")
+            return Table(source, ("text",), 400, lambda column: KEYS, str)
+
+        monkeypatch.setattr(splits, "load_table", load_table)
+        monkeypatch.setattr(splits, "hub_splits", lambda source: names)
+        return asked
+
+    return hub
 
 
 def test_the_splits_of_a_hub_are_its_own(hub):
-    table = open_split("hf:a/b", "train")
-    assert split_rows(table, "train", ["a", "b"]) == [0, 1]
-    open_split("hf:a/b", "heldout")
-    open_split("hf:a/b", "validation")
-    assert hub == ["train", "test", "validation", "test"]
-    with pytest.raises(UserError, match="hf:a/b has no dev"):
-        open_split("hf:a/b", "dev")
-    with pytest.raises(UserError, match="has splits of its own: stratify='level' is"):
-        split_rows(table, "train", ["a", "b"], stratify="level")
+    asked = hub("train", "validation", "test", "dev")
+    for split in ("train", "validation", "heldout", "test", "dev", None, "train[:50%]"):
+        table = open_split("hf:a/b", split)
+        assert split_rows(table, split, KEYS) == list(range(400))
+    assert asked == [
+        *("train", "validation", "test", "test", "dev", None, "train[:50%]")
+    ]
+    with pytest.raises(UserError, match="has splits of its own: stratify='text' is"):
+        split_rows(open_split("hf:a/b", "train"), "train", KEYS, stratify="text")
+    with pytest.raises(UserError, match="hf:a/b has no tset"):
+        open_split("hf:a/b", "tset")
 
 
-def test_a_hub_without_held_out_rows_names_the_split_that_was_asked(monkeypatch):
-    def load_table(source, *, split=None):
-        raise UserError(f"no split {split}")
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_of_two_names_for_held_out_rows_a_hub_has_one(hub, name):
+    asked = hub("train", name)
+    for split in ("validation", "heldout"):
+        table = open_split("hf:a/b", split)
+        assert split_rows(table, split, KEYS) == list(range(400))
+    assert asked == [name, name]
+    assert has_splits("hf:a/b")
 
-    monkeypatch.setattr(splits, "load_table", load_table)
-    with pytest.raises(UserError, match="no split validation"):
+
+@pytest.mark.parametrize("names", [("train",), ("train", "unsupervised")])
+def test_a_hub_without_held_out_rows_is_cut_as_a_file_is(hub, tmp_path, names):
+    asked = hub(*names)
+    rows = {
+        split: split_rows(open_split("hf:a/b", split), split, KEYS)
+        for split in ("train", "validation", "heldout")
+    }
+    assert asked == ["train"] * 3
+    assert sorted(rows["train"] + rows["validation"]) == list(range(400))
+    assert rows["heldout"] == rows["validation"]
+    assert [is_heldout(KEYS[row]) for row in rows["heldout"]] == [True] * len(
+        rows["heldout"]
+    )
+    assert 20 < len(rows["heldout"]) < 60
+    # its own words are taken as they are
+    table = open_split("hf:a/b", None)
+    assert split_rows(table, None, KEYS) == list(range(400))
+    assert not has_splits("hf:a/b")
+
+
+def test_one_split_of_a_hub_can_be_cut_by_a_column(hub):
+    hub("train")
+    table = open_split("hf:a/b", "validation")
+    assert len(split_rows(table, "validation", KEYS, stratify="text")) == 0
+    halves = table._replace(read=lambda column: [i % 2 for i in range(400)])
+    assert len(split_rows(halves, "validation", KEYS, stratify="text")) == 40
+
+
+def test_a_hub_without_rows_to_train_on_names_the_split_that_was_asked(hub):
+    hub("dev")
+    with pytest.raises(UserError, match="has no validation"):
         open_split("hf:a/b", "validation")
 
 
@@ -97,3 +145,4 @@ def test_an_unknown_split_of_a_file(tmp_path):
     source = write(tmp_path, ["x"])
     with pytest.raises(UserError, match="no split 'test': choose from train, valid"):
         open_split(source, "test")
+    assert not has_splits(source)

@@ -9,7 +9,13 @@ import tarfile
 import numpy as np
 import pytest
 
-from rlhf_jax.data.tables import is_file, is_heldout, load_table, read_texts
+from rlhf_jax.data.tables import (
+    hub_splits,
+    is_file,
+    is_heldout,
+    load_table,
+    read_texts,
+)
 from rlhf_jax.errors import UserError
 
 ROWS = [{"text": "one", "label": 1}, {"text": "two", "label": 0}]
@@ -74,14 +80,30 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
         ("a.jsonl", '"x"\n\n[1]\n', "a.jsonl line 3 should be a JSON object or string"),
         ("a.jsonl", "\n \n", "a.jsonl is empty: no rows in it"),
         ("a.json", '[\n"x",\n]', "a.json line 3 is not valid JSON"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "Extra data .one object a line is .jsonl."),
+        ("a.json", '{"a": 1}\n{"a": 2}', "Extra data; one object a line is .jsonl"),
         ("a.json", '{"a": 1}', "should hold a JSON list, not an object"),
         ("a.json", '["x", null]', "item 2 should be a JSON object .* not null"),
         ("a.json", "[]", "a.json is empty"),
         ("a.csv", "text,label\n", "a.csv is empty"),
         ("a.csv", "", "a.csv is empty"),
         ("a.txt", "", "a.txt is empty"),
-        ("a.txt", b"\xff\xfe\x00", "cannot read .*a.txt: .*utf-8"),
+        (
+            "a.txt",
+            b"\xff\xfe\x00",
+            "a.txt line 1 is not text in UTF-8, .*byte 0xff: sa",
+        ),
+        ("a.jsonl", b'"x"\n"\x89PNG"', "a.jsonl line 2 is not text in UTF-8, .*0x89"),
+        (
+            "a.csv",
+            "\ufefftext\n".encode() + b"ol\xe9",
+            "a.csv line 2 is not text in UTF",
+        ),
+        (
+            "a.csv",
+            "p,c,r\nWhy?,So, then.,No.",
+            "line 2 has 4 cells for 3 names in .*: put",
+        ),
+        ("a.csv", "p,c,p\n1,2,3", "a.csv line 1 calls several columns 'p': give each"),
         ("a.jsonl.gz", "not gzip", "cannot read .*gz: "),
         ("a.jsonl.gz", GZIPPED[:-9], "cannot read .*gz: "),
         ("a.jsonl.gz", GZIPPED[:10] + b"\xff" * 9, "cannot read .*gz: "),
@@ -113,8 +135,9 @@ def test_missing_and_unknown_sources(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*folder\.json"):
         (tmp_path / "folder.json").mkdir()
         load_table(str(tmp_path / "folder.json"))
-    with pytest.raises(UserError, match="expected a folder or a file that ends with"):
-        load_table(str(tmp_path / "absent"))
+    for read in (load_table, hub_splits):
+        with pytest.raises(UserError, match="expected a folder or a file that ends wi"):
+            read(str(tmp_path / "absent"))
     path = tmp_path / "a.txt"
     path.write_text("x")
     with pytest.raises(UserError, match="is a file and has no split 'train'"):
@@ -147,16 +170,6 @@ def test_one_in_ten_is_held_out():
     assert 0.08 < np.mean(held) < 0.12
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """The datasets library, quiet and with its cache in a place of its own."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    return datasets
-
-
 @pytest.mark.parametrize("prefix", ["", "hf:"])
 def test_a_folder_of_files(tmp_path, hub_cache, prefix):
     folder = tmp_path / "data"
@@ -170,6 +183,7 @@ def test_a_folder_of_files(tmp_path, hub_cache, prefix):
     assert table.read("label") == [1, 0]
     assert read_texts(load_table(source, split="test"), "text") == ["held"]
     assert load_table(source, split="train[:1]").rows == 1
+    assert hub_splits(source) == ("train", "test")
     with pytest.raises(UserError, match=r"no data set for .* split 'dev'"):
         load_table(source, split="dev")
     with pytest.raises(UserError, match="has no column 'prompt'"):
@@ -177,16 +191,18 @@ def test_a_folder_of_files(tmp_path, hub_cache, prefix):
 
 
 def test_an_empty_folder(tmp_path, hub_cache):
-    with pytest.raises(UserError, match="no data set for"):
-        load_table(str(tmp_path))
+    for read in (load_table, hub_splits):
+        with pytest.raises(UserError, match="no data set for"):
+            read(str(tmp_path))
 
 
 def test_a_hub_that_cannot_be_reached(hub_cache, monkeypatch):
     monkeypatch.setattr(hub_cache.config, "HF_HUB_OFFLINE", True)
     for source in ("hf:nobody/no-such-data", "nobody/no-such-data", "hf:n/o:config"):
-        with pytest.raises(UserError, match="check the spelling, or the") as caught:
-            load_table(source)
-        assert "\n" not in str(caught.value)
+        for read in (load_table, hub_splits):
+            with pytest.raises(UserError, match="check the spelling, or the") as caught:
+                read(source)
+            assert "\n" not in str(caught.value)
 
 
 def test_the_hub_is_asked_for_name_configuration_and_split(hub_cache, monkeypatch):
@@ -232,8 +248,11 @@ def test_tfds_errors(monkeypatch):
         raise ConnectionError("no route\nmore")
 
     monkeypatch.setattr(tfds, "data_source", data_source)
-    with pytest.raises(UserError, match=r"cannot be read: no route \(check the split"):
-        load_table("tfds:imdb_reviews")
+    for read in (load_table, hub_splits):
+        with pytest.raises(
+            UserError, match=r"cannot be read: no route \(check the spl"
+        ):
+            read("tfds:imdb_reviews")
 
 
 def test_tfds_reads_archives_without_tensorflow(tmp_path, monkeypatch):
@@ -284,5 +303,6 @@ def test_tfds_from_prepared_files_without_tensorflow(tmp_path, monkeypatch):
     table = load_table("tfds:tiny_reviews")
     found = dict(zip(read_texts(table, "text"), table.read("label")))
     assert found == {"olé": 1, "two": 0}
+    assert hub_splits("tfds:tiny_reviews") == ("train",)
     with pytest.raises(UserError, match="split 'test', cannot be read"):
         load_table("tfds:tiny_reviews", split="test")

@@ -76,6 +76,22 @@ def test_a_file_is_split_by_a_hash(tmp_path):
     assert load_texts(str(path), split="validation") == heldout[::-1]
 
 
+def test_the_only_split_of_a_data_set_is_cut_in_two(tmp_path, hub_cache):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts = [f"Text {i}." for i in range(100)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "train.jsonl").write_text("".join(lines))
+    train = load_texts(str(folder), split="train")
+    heldout = load_texts(str(folder), split="validation")
+    assert sorted(train + heldout) == sorted(texts) and len(heldout) > 3
+    # the same rows as of a file, and as those that are learned from
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    assert load_texts(str(tmp_path / "texts.jsonl"), split="validation") == heldout
+    rows, _ = load_completions(str(folder), split="validation")
+    assert rows == [Completion("", text) for text in heldout]
+
+
 def test_bad_files(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("Text 1.\n")
@@ -88,5 +104,5 @@ def test_bad_files(tmp_path):
         load_texts(str(tmp_path / "absent.txt"), split="train")
     other = tmp_path / "texts.csv"
     other.write_text("body\nhello\n")
-    with pytest.raises(UserError, match="has no column 'text': it has 'body'"):
+    with pytest.raises(UserError, match=r"'text': line 1, .* header, has 'body'; name"):
         load_texts(str(other), split="train")

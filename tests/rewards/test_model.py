@@ -1,6 +1,7 @@
 """A reward-model directory as a reward."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -8,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import builtin_reward
 from rlhf_jax import sharding
+from rlhf_jax.data import preferences, reviews
 from rlhf_jax.data.tokenizer import encode_texts, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.rewards import build_rewards, score_all
 from rlhf_jax.rewards import model as model_module
 from rlhf_jax.rewards.model import load_reward_model, score_sequences
 from tests.rewards.conftest import FIXTURE
 
+ARCHIVE = os.environ.get("RLHF_JAX_VADER_SDIST")
 PROMPTS = ["The film is", "The camera", ""]
 RESPONSES = [" good, really good", " dies", " nothing at all"]
 
@@ -139,3 +144,21 @@ def test_scores_are_brought_to_one_scale(score, model_directory, mesh, tmp_path)
     (folder / "config.json").write_text(json.dumps(config | flat))
     with pytest.raises(UserError, match="gave all responses the same score"):
         load_reward_model(folder, mesh=mesh, normalize=True)
+
+
+def test_the_reward_that_ships_says_its_scale():
+    """And keeps to it on a few hundred of the pairs that it was trained with."""
+    source = {"source": "builtin:reward", "normalize": True}
+    rewards = build_rewards({"human": source}, mesh=sharding.make_mesh())
+    if not ARCHIVE:
+        pytest.skip("RLHF_JAX_VADER_SDIST does not name a copy of the source archive")
+    data = builtin_reward.get_config().data
+    rows = reviews.load_reviews("train", domains=data.domains, archive=ARCHIVE)
+    pairs = preferences.preference_pairs(rows)
+    pairs += preferences.random_pairs(rows, rounds=data.rounds, seed=0)
+    pairs = pairs[:: len(pairs) // 300]
+    sides = [(p.prompt, side) for p in pairs for side in (p.chosen, p.rejected)]
+    scores, _ = score_all(rewards, *map(list, zip(*sides)))
+    assert len(scores) >= 600
+    assert scores.mean() == pytest.approx(0, abs=0.1)
+    assert scores.std() == pytest.approx(1, abs=0.1)

@@ -145,9 +145,8 @@ def quick(tmp_path_factory):
     return QUICK | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
 
 
-@pytest.fixture(scope="module")
-def run(quick):
-    """`train(config)`, on one device or on all eight."""
+def runner(quick):
+    """Gives `train(config)`, on one device or on all eight, as long as it is open."""
     configure(quick)
 
     def one_device(**sizes):
@@ -166,6 +165,12 @@ def run(quick):
 
     yield run
     configure(USUAL)
+
+
+@pytest.fixture(scope="module")
+def run(quick):
+    """`train(config)`, on one device or on all eight."""
+    yield from runner(quick)
 
 
 @pytest.fixture(scope="session")

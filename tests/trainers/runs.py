@@ -50,6 +50,18 @@ def assert_close_runs(workdir, other):
             )
 
 
+def assert_same_training(workdir, other):
+    """Every metric and every weight within 1e-4."""
+    assert_close_runs(workdir, other)
+    weights, others = (
+        load_file(folder / "export" / "model.safetensors")
+        for folder in (workdir, other)
+    )
+    assert weights.keys() == others.keys()
+    for name in weights:
+        np.testing.assert_allclose(weights[name], others[name], rtol=0, atol=1e-4)
+
+
 def command(world, algorithm, workdir):
     """The command line of a run in the tiny world."""
     settings = world.settings(algorithm) | {"workdir": str(workdir)}

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.data.preferences import load_pairs
+from rlhf_jax.data.texts import load_completions
+from rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.errors import UserError
 
 from .conftest import SENTENCES
+from .runs import metrics_of
 
 REWARDS = "tests.trainers.reward_functions"
 
@@ -113,8 +116,10 @@ def test_unsupported_architecture(fails, broken):
 
 def test_prompt_longer_than_prompt_tokens(fails):
     message = fails(rollout__prompt_tokens=3)
+    assert "prompts.txt line " in message
     assert "more than the 3 allowed" in message
     assert "'The " in message
+    assert "raise config.rollout.prompt_tokens, or shorten it" in message
 
 
 def test_prompt_longer_than_the_context(fails):
@@ -142,6 +147,84 @@ def test_prompts_that_are_no_json(fails, tmp_path):
     message = fails(data__train=str(path))
     assert "prompts.jsonl" in message
     assert "line 2" in message
+
+
+ASK = {"role": "user", "content": "Why?"}
+PAIR = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "content", "place", "cure"),
+    [
+        (
+            load_pairs,
+            "broken.jsonl",
+            lines(PAIR) + b'{"prompt":',
+            "line 2",
+            "mend that",
+        ),
+        (load_pairs, "lacking.jsonl", lines(PAIR, {"prompt": "x"}), "line 2", "add it"),
+        (load_pairs, "columns.jsonl", lines({"a": "x"}), "it has a", "rename them to"),
+        (load_pairs, "empty.jsonl", b"\n", "no rows in it", "give a file with one"),
+        (load_pairs, "kind.jsonl", lines(PAIR, PAIR | {"chosen": 3}), "line 2", "mend"),
+        (load_completions, "binary.jsonl", b"\n\x89PNG", "line 2", "save it in UTF-8"),
+        (
+            load_pairs,
+            "headerless.csv",
+            b"Why?,So.\nWho?,I.\n",
+            "line 1",
+            "rename them to one",
+        ),
+        (
+            load_pairs,
+            "commas.csv",
+            b"prompt,chosen\na,b,c\n",
+            "line 2",
+            "put quotation",
+        ),
+        (load_pairs, "none.parquet", b"PK" * 99, "Parquet", "write it again"),
+        (
+            *(load_pairs, "ties.jsonl", lines(PAIR | {"rejected": "So."})),
+            *("line 1", "give pairs whose two responses differ"),
+        ),
+        (
+            *(load_completions, "asked.jsonl", lines({"messages": [ASK]})),
+            *("line 1", "give dialogues with a turn of the assistant"),
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, load, name, content, place, cure):
+    """One sentence: which file, where in it, and what to do."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(str(tmp_path / name), split=None)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert name in message and place in message and cure in message
+
+
+def test_unknown_data_set(fails):
+    message = fails(data__train="nobody/no-such-data")
+    assert "no data set for 'nobody/no-such-data'" in message
+    assert "check the spelling, or the network" in message
+
+
+def test_a_tokenizer_whose_pad_is_eos_trains_all_the_same(world, run, tmp_path, capsys):
+    """It is said once; no mask comes from the token, so nothing else is different."""
+    tokenizer = load_tokenizer(world.policy)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    said = "the tokenizer's pad token is its eos (1)"
+    run(world.ppo_config(tmp_path / "plain", total_phases=2))
+    assert said not in capsys.readouterr().out
+    source = str(tmp_path / "tokenizer")
+    run(world.ppo_config(tmp_path / "run", total_phases=2, tokenizer=source))
+    assert said in capsys.readouterr().out
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "plain")
 
 
 def test_batch_that_does_not_divide_the_mesh(fails):

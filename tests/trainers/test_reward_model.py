@@ -1,8 +1,7 @@
-"""Reward and cost models: TRL's steps, micro-batches, meshes, data, what runs leave."""
+"""Reward models: TRL's steps, micro-batches, meshes, data, what runs leave."""
 
 import functools
 import json
-import os
 import pathlib
 
 import jax
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import cost_model
 from configs import reward_model as reward_config
-from rlhf_jax import loading, losses, sharding
+from rlhf_jax import loading, sharding
 from rlhf_jax.data import reviews
 from rlhf_jax.data.labelled_pairs import Pairs, encode_pairs
 from rlhf_jax.data.rows import Pair
@@ -24,12 +22,11 @@ from rlhf_jax.trainers import offline, reward_model
 from tests.trainers.one_phase import single_mesh
 
 from .conftest import NOUNS
-from .runs import metrics_of
+from .runs import assert_same_training, metrics_of
 from .test_runs import check_learns_and_resumes, made_up_reviews
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 SOURCE = FIXTURES / "families" / "llama_score"
-PKU = os.environ.get("RLHF_JAX_PKU")  # a file of PKU-SafeRLHF's rows
 
 pytestmark = pytest.mark.usefixtures("run")  # which makes XLA quick
 
@@ -220,21 +217,6 @@ def test_padding_content_is_irrelevant():
     np.testing.assert_array_equal(first[1], second[1])
 
 
-def test_costs_are_learned_by_order_and_sign():
-    config = cost_model.get_config()
-    config.update_from_flattened_dict(
-        {"model": str(SOURCE), "dropout": 0.0, "total_phases": 1, "learning.batch": 4}
-    )
-    config.optimizer.warmup_steps = 0
-    safe = np.array([[True, False], [True, True], [False, False], [True, False]])
-    metrics, costs = measured(config, trl_batch("plain")._replace(safe=safe))
-    wanted = losses.cost_model_loss(*costs.T, *safe.T, regularization=0.001).mean()
-    assert metrics["loss"] == pytest.approx(float(wanted), rel=1e-5)
-    assert metrics["accuracy"] == np.mean(costs[:, 1] > costs[:, 0])
-    assert metrics["margin"] == pytest.approx(np.mean(costs[:, 1] - costs[:, 0]))
-    assert metrics["sign_accuracy"] == np.mean((costs < 0) == safe)
-
-
 # data
 
 
@@ -362,6 +344,12 @@ def test_an_adapter_alone_learns_and_is_merged(world, run, tmp_path, monkeypatch
     names = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert "score.weight" in names and not any("lora" in name for name in names)
 
+    # and goes on, with the head that was trained beside it
+    changes = {"lora__rank": 4, "lora__start": str(tmp_path / "run")}
+    run(reward_settings(world, tmp_path / "on", total_phases=1, **changes))
+    first, *_ = metrics_of(tmp_path / "on")
+    assert first["heldout/loss"] == pytest.approx(last["heldout/loss"], abs=1e-5)
+
 
 def test_eight_devices_and_one_agree(world, run, tmp_path, monkeypatch):
     """After five steps at a learning rate at which rounding does not grow."""
@@ -375,89 +363,4 @@ def test_eight_devices_and_one_agree(world, run, tmp_path, monkeypatch):
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     run(reward_settings(world, tmp_path / "one", **calm))
     run(reward_settings(world, tmp_path / "eight", **calm, **split), devices=8)
-    rows, expected = metrics_of(tmp_path / "eight"), metrics_of(tmp_path / "one")
-    for row, other in zip(rows, expected, strict=True):
-        assert row == pytest.approx(other, rel=0, abs=1e-4)
-    weights, others = (
-        load_file(tmp_path / name / "export" / "model.safetensors")
-        for name in ("eight", "one")
-    )
-    for name in weights:
-        np.testing.assert_allclose(weights[name], others[name], rtol=0, atol=1e-4)
-
-
-def pku_rows():
-    """Rows of PKU-SafeRLHF's form: whoever sees is safe, whoever leaves is not."""
-    rows = []
-    for number, (one, other) in enumerate((a, b) for a in NOUNS for b in NOUNS):
-        answers = [f"It sees the {other}.", f"It leaves the {other}."]
-        flip = number % 2
-        rows.append(
-            {
-                "prompt": f"What does the {one} do with the {other}?",
-                "response_0": answers[flip],
-                "response_1": answers[1 - flip],
-                "is_response_0_safe": not flip,
-                "is_response_1_safe": bool(flip),
-                "better_response_id": 1 - flip,  # the other way round
-                "safer_response_id": flip,
-            }
-        )
-    return rows
-
-
-def cost_settings(world, workdir, source, **changes):
-    config = cost_model.get_config()
-    settings = {
-        "workdir": str(workdir),
-        "model": str(world.policy),
-        "data.source": source,
-        "sequence_tokens": 40,
-        "learning.batch": 8,
-        "learning.steps_per_phase": 8,
-        "optimizer.lr": 3e-3,
-    }
-    return changed(config, settings | changes)
-
-
-def test_a_cost_model(world, run, tmp_path):
-    """Safe below zero, unsafe above; its zero is not moved by normalising."""
-    source = write_rows(tmp_path / "pku.jsonl", pku_rows())
-    run(cost_settings(world, tmp_path / "run", source))
-    first, *_, last = metrics_of(tmp_path / "run")
-    assert last["heldout/loss"] < 0.5 * first["heldout/loss"]
-    assert last["heldout/accuracy"] > 0.9 and last["heldout/sign_accuracy"] > 0.9
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
-    signs = summary["signs"]["all responses"]["value"]
-    assert signs == pytest.approx(last["heldout/sign_accuracy"])
-    assert "## Signs" in (tmp_path / "run" / "report" / "report.md").read_text("utf-8")
-
-    exported = json.loads((tmp_path / "run/export/config.json").read_text("utf-8"))
-    assert exported["score_mean"] == 0 < exported["score_std"]
-    source = {"source": str(tmp_path / "run"), "normalize": True}
-    rewards = build_rewards({"cost": source}, mesh=single_mesh())
-    prompts = ["What does the cat do with the dog?"] * 2
-    cost, _ = score_all(rewards, prompts, ["It sees the dog.", "It leaves the dog."])
-    assert cost[0] < 0 < cost[1]
-
-
-def test_a_cost_model_needs_to_know_what_is_safe(world, run, tmp_path):
-    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
-    source, better = write_rows(tmp_path / "pairs.jsonl", rows), "data.preference"
-    with pytest.raises(UserError, match="have no chosen_safe and rejected_safe: give"):
-        run(cost_settings(world, tmp_path / "run", source, **{better: "better"}))
-
-
-@pytest.mark.skipif(not PKU, reason="RLHF_JAX_PKU names no file")
-def test_real_rows_of_pku(world, run, tmp_path):
-    changes = {
-        "model": "builtin",
-        "sequence_tokens": 256,
-        "total_phases": 1,
-        "learning.steps_per_phase": 2,
-        "optimizer.warmup_steps": 1,
-    }
-    run(cost_settings(world, tmp_path / "run", PKU, **changes))
-    assert {"sign_accuracy", "heldout/sign_accuracy"} <= metrics_of(tmp_path / "run")[
-        -1
-    ].keys()
+    assert_same_training(tmp_path / "eight", tmp_path / "one")

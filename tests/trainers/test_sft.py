@@ -21,9 +21,11 @@ from rlhf_jax.models import forward
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.pretrained import load_pretrained
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.progress import make_console
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.trainers import offline, sft
 from tests.trainers.one_phase import single_mesh
+from tests.trainers.runs import assert_same_training, metrics_of
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 SOURCE = FIXTURES / "families" / "llama"
@@ -238,3 +240,58 @@ def test_the_steps_of_trl(accumulation, tmp_path):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
     assert min(jax.tree.leaves(moved)) > 5e-4
     assert_same_tree(jax.device_get(state.policy), expected, atol=1e-4)
+
+
+# whole runs
+
+
+def run_settings(world, workdir, **changes):
+    """configs/sft.py in the tiny world, `__` in the place of dots."""
+    config = get_config()
+    settings = {
+        "workdir": str(workdir),
+        "model": str(world.policy),
+        "data.source": str(world.texts),
+        "data.domains": (),
+        "sequence_tokens": 40,
+        "learning.batch": 8,
+        "optimizer.warmup_steps": 0,
+        "prompts.train": str(world.prompts),
+        "prompts.heldout": str(world.prompts),
+        "prompts.prefix_words": 2,
+        "rollout.max_new_tokens": 6,
+    }
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(settings | changes)
+    return config
+
+
+def test_the_template_of_the_config_is_around_plain_prompts(world, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Why {i}?", "response": f"So {i}."} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    changes = {"data__source": str(path), "data__prompt_template": "Q: {prompt} A:"}
+    config = run_settings(world, tmp_path, **changes)
+    tokenizer = loading.load_run_tokenizer(config, make_console())
+    for part in sft.load_data(config, tokenizer, make_console()):
+        assert part
+        for row in part:
+            number = row.response.removeprefix("So ")[:-1]
+            assert row.prompt == f"Q: Why {number}? A:"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_eight_devices_and_one_agree(world, run, tmp_path, packing):
+    """After five steps at a learning rate at which rounding does not grow."""
+    calm = {
+        "total_phases": 1,
+        "learning__steps_per_phase": 5,
+        "learning__accumulation": 2,
+        "learning__packing": packing,
+    }
+    split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    run(run_settings(world, tmp_path / "one", **calm))
+    run(run_settings(world, tmp_path / "eight", **calm, **split), devices=8)
+    assert_same_training(tmp_path / "eight", tmp_path / "one")
+    first, last = metrics_of(tmp_path / "eight")
+    assert last["heldout/loss"] < first["heldout/loss"] - 0.01

@@ -9,12 +9,12 @@ report.json and the pictures. Nothing of the data set is changed.
 
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from rlhf_jax import progress
+from rlhf_jax.command_line import run_command
 from rlhf_jax.data.dialogues import set_chat_template
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
@@ -107,32 +107,12 @@ def _define_flags() -> None:
     flags.mark_flag_as_required("data")
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with a sentence in place of its usage."""
-    try:
-        left = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if left[1:]:
-        raise UserError(f"unknown argument {left[1]!r}; give flags as --name=value")
-    return left
-
-
-def _run(_: Sequence[str]) -> None:
-    names = explore.__kwdefaults__
-    explore(flags.FLAGS.data, **{name: flags.FLAGS[name].value for name in names})
-
-
 def main() -> None:
     """The command line."""
     _define_flags()
-    try:
-        app.run(_run, flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    names = explore.__kwdefaults__
+    value = lambda name: flags.FLAGS[name].value
+    run_command(lambda: explore(value("data"), **{name: value(name) for name in names}))
 
 
 if __name__ == "__main__":

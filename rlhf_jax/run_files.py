@@ -53,6 +53,11 @@ class RunFiles(NamedTuple):
         return self.workdir / "summary.json"
 
     @property
+    def alerts(self) -> pathlib.Path:
+        """What the monitor said, one JSON object a line."""
+        return self.workdir / "alerts.jsonl"
+
+    @property
     def curves(self) -> pathlib.Path:
         """The training curves."""
         return self.workdir / "curves.png"
@@ -144,17 +149,17 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def drop_after(files: RunFiles, phase: int) -> None:
-    """Drops metrics, responses and samples past a phase: resuming writes them anew.
+    """Drops what was written of phases past one: resuming writes it anew.
 
     A half-written last line, as a killed process leaves it, goes too. For a run
     without a checkpoint give -1, and everything goes.
     """
     if not _writes():
         return
-    if files.metrics.exists():
-        rows = _read_rows(files.metrics)
-        kept = [line for line, row in rows if row["phase"] <= phase]
-        _replace(files.metrics, "".join(line + "\n" for line in kept))
+    for path in (files.metrics, files.alerts):
+        if path.exists():
+            kept = [line for line, row in _read_rows(path) if row["phase"] <= phase]
+            _replace(path, "".join(line + "\n" for line in kept))
     for path in files.responses.glob("phase_*"):
         number = re.fullmatch(r"phase_(\d+)\.jsonl", path.name)
         if not number or int(number[1]) > phase:
@@ -187,12 +192,24 @@ def read_responses(workdir: str | os.PathLike, phase: int) -> list[dict[str, Any
     files = RunFiles(pathlib.Path(workdir))
     path = files.responses / f"phase_{phase:05d}.jsonl"
     if not path.exists():
-        have = sorted(int(p.stem[6:]) for p in files.responses.glob("phase_*.jsonl"))
+        have = response_phases(workdir)
         raise UserError(
             f"{files.workdir} has no responses of phase {phase}; "
             f"saved phases: {', '.join(map(str, have)) or 'none'}"
         )
     return [row for _, row in _read_rows(path)]
+
+
+def response_phases(workdir: str | os.PathLike, split: str = "") -> list[int]:
+    """The phases with saved responses, in order; with a split, with some of it."""
+    folder = RunFiles(pathlib.Path(workdir)).responses
+    found = sorted(int(path.stem[6:]) for path in folder.glob("phase_*.jsonl"))
+    if not split:
+        return found
+    has = lambda phase: any(
+        row.get("split") == split for row in read_responses(workdir, phase)
+    )
+    return [phase for phase in found if has(phase)]
 
 
 def append_samples(

@@ -11,13 +11,13 @@ The same command again goes on where a stopped run was, bit for bit.
 import functools
 import importlib
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rlhf_jax.command_line import run_command
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import join_hosts
 
@@ -127,13 +127,7 @@ def main() -> None:
     flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
     join_hosts()
-    try:
-        app.run(lambda _: train(_loaded(config)), flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(lambda: train(_loaded(config)), parse=_parse)
 
 
 if __name__ == "__main__":

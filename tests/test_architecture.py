@@ -12,11 +12,11 @@ PACKAGE = "rlhf_jax"
 SOURCE = pathlib.Path(__file__).parents[1] / PACKAGE
 
 LAYERS = [
-    {"losses", "errors"},
+    {"losses", "errors", "command_line"},
     {"models", "sharding", "hosts", "keys", "trees"},
     {
-        *("data", "checkpoint", "loading", "metrics", "monitor", "plots", "progress"),
-        *("run_files", "trainable"),
+        *("data", "checkpoint", "loading", "memory", "metrics", "monitor", "plots"),
+        *("progress", "run_files", "text_signals", "trainable", "watch"),
     },
     {"rollout", "rewards"},
     {"evaluation", "analysis"},

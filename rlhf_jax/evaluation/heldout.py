@@ -12,7 +12,7 @@ from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import Reward, name_scores, score_all
 from rlhf_jax.rollout.logprobs import score_responses
-from rlhf_jax.rollout.sampler import Sampler, records
+from rlhf_jax.rollout.sampler import Sampler, records, text_metrics
 
 
 def make_heldout(
@@ -97,4 +97,4 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics["heldout/tokens"] = float(column("tokens").mean())
     finished = [row["finish"] == "eos" for row in rows]
     metrics["heldout/finished"] = float(np.mean(finished))
-    return metrics
+    return metrics | text_metrics("heldout", [row["response"] for row in rows])

@@ -46,3 +46,12 @@ def distinct_words(
     del prompts, columns
     split = [text.lower().split() for text in responses]
     return np.array([len(set(w)) / len(w) if w else 1.0 for w in split], np.float32)
+
+
+def repeats(
+    prompts: Sequence[str], responses: Sequence[str], **columns: Any
+) -> np.ndarray:
+    """Number of words of the response that it has said before, [B]."""
+    del prompts, columns
+    said = [text.lower().split() for text in responses]
+    return np.array([len(words) - len(set(words)) for words in said], np.float32)

@@ -20,6 +20,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.rollout.generate import Responses, Sampling, generate, repeat_rows
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampling import sample_keys
+from rlhf_jax.text_signals import distinct, repeated_share
 
 
 class Rollout(NamedTuple):
@@ -151,3 +152,12 @@ def records(
         }
         for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses))
     ]
+
+
+def text_metrics(group: str, responses: Sequence[str]) -> dict[str, float]:
+    """How much the responses repeat themselves and each other, as `<group>/...`."""
+    repeated = [repeated_share(text) for text in responses]
+    return {
+        f"{group}/repeated": float(np.mean(repeated)),
+        f"{group}/distinct_2": distinct(responses, 2),
+    }

@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import checkpoint, monitor, plots, progress, run_files, sharding
+from rlhf_jax import checkpoint, memory, plots, progress, run_files, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import open_writers
+from rlhf_jax.watch import Watch
 
 # Settings that a resumed run may give differently: none of them changes a number, the
 # mesh none beyond round-off.
-MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh")
+MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh", "monitor")
 
 
 class Hooks(NamedTuple):
@@ -105,7 +106,7 @@ def run_loop(
     Raises:
       UserError: a metric is not finite.
     """
-    monitor.reset_peak_memory()
+    memory.reset_peak_memory()
     manager = checkpoint.open_checkpoints(
         files.checkpoints,
         keep=config.checkpoint.keep or None,
@@ -123,23 +124,32 @@ def run_loop(
     bar = progress.open_progress(
         console, config.total_phases, hooks.fields, first=done or 0
     )
-    log = _Log(writers.write, bar.update)
+    watch = Watch(config.monitor, files, say, done=done)
+    log = _Log(writers.write, bar.update, watch.see)
+    finish = functools.partial(_finish_phase, config, files, console, manager, log)
     try:
         if done is None:
             done = 0
             metrics, rows = hooks.evaluate(state)
-            log.put(0, metrics)
-            _finish_phase(config, files, console, manager, log, state, 0, rows)
+            log.put(0, metrics | watch.judge_drop(rows))
+            finish(state, 0, rows)
         for phase in range(done + 1, config.total_phases + 1):
+            if watch.halted:
+                break
             started = time.perf_counter()
             state, metrics, rows = hooks.run_phase(state, phase)
             log.flush()
-            if _due(phase, config.evaluate_every, config.total_phases):
+            last = phase == config.total_phases or bool(watch.halted)
+            last = last or watch.would_halt(phase, metrics)
+            if last or _due(phase, config.evaluate_every):
                 held_out, held_out_rows = hooks.evaluate(state)
-                metrics, rows = metrics | held_out, [*held_out_rows, *rows]
+                metrics |= held_out | watch.judge_drop(held_out_rows)
+                rows = [*held_out_rows, *rows]
             log.put(phase, metrics | _measured(started))
-            _finish_phase(config, files, console, manager, log, state, phase, rows)
+            finish(state, phase, rows, last=last)
         log.flush()
+        checkpoint.wait(manager)
+        state = _after_halt(config, files, state, watch, say)
     except KeyboardInterrupt:
         say("stopped by hand; the same command goes on from the last checkpoint")
         raise
@@ -153,8 +163,8 @@ def run_loop(
 class _Log:
     """Holds the newest phase's metrics until they are asked for, one step late."""
 
-    def __init__(self, write, show):
-        self._write, self._show = write, show
+    def __init__(self, write, show, watch):
+        self._write, self._show, self._watch = write, show, watch
         self._pending: tuple[int, dict] | None = None
 
     def put(self, phase: int, metrics: dict) -> None:
@@ -175,6 +185,7 @@ class _Log:
             )
         self._write(phase, metrics)
         self._show(phase, metrics)
+        self._watch(phase, metrics)
 
 
 def _restore(
@@ -207,21 +218,50 @@ def _train_item(state: Any) -> dict[str, Any]:
 
 def _measured(started: float) -> dict[str, float]:
     """What a phase took, evaluation and all: seconds, and the peak of memory so far."""
-    peak = monitor.peak_memory()
-    memory = {} if peak is None else {"time/peak_gib": peak / 2**30}
-    return {"time/phase_s": time.perf_counter() - started} | memory
+    peak = memory.peak_memory()
+    found = {} if peak is None else {"time/peak_gib": peak / 2**30}
+    return {"time/phase_s": time.perf_counter() - started} | found
 
 
-def _due(phase: int, every: int, total: int) -> bool:
-    return phase == total or (every > 0 and phase % every == 0)
+def _due(phase: int, every: int) -> bool:
+    return phase == 0 or (every > 0 and phase % every == 0)
 
 
-def _finish_phase(config, files, console, manager, log, state, phase, rows) -> None:
+def _after_halt(
+    config: ConfigDict,
+    files: run_files.RunFiles,
+    state: Any,
+    watch: Watch,
+    say: Callable[[str], None],
+) -> Any:
+    """The state to export: of a run that is rolled back with the last good policy.
+
+    That is the newest saved one from before the first phase that the alert is about.
+    """
+    alert = watch.halted
+    if alert is None:
+        return state
+    say(
+        f"the monitor ended the training ({alert.rule}); to go on all the same, give "
+        "--config.monitor.action=warn"
+    )
+    saved = checkpoint.saved_phases(files.checkpoints)
+    good = [phase for phase in saved if phase < alert.since]
+    if config.monitor.action != "rollback" or not good:
+        return state
+    say(f"rolled back to phase {good[-1]}, the last one saved before it went wrong")
+    target = checkpoint.abstract(state.policy)
+    policy = checkpoint.restore_policy(files.checkpoints, good[-1], target)
+    return dataclasses.replace(state, policy=policy)
+
+
+def _finish_phase(
+    config, files, console, manager, log, state, phase, rows, *, last=False
+) -> None:
     """Writes what a phase leaves behind: responses, samples, and its checkpoint."""
-    total = config.total_phases
     if rows:
         run_files.write_responses(files, phase, rows)
-    if phase == 0 or _due(phase, config.samples_every, total):
+    if last or _due(phase, config.samples_every):
         columns = ("prompt", "response", "reward", "kl")
         shown = [
             {c: row[c] for c in columns if c in row}
@@ -229,7 +269,7 @@ def _finish_phase(config, files, console, manager, log, state, phase, rows) -> N
         ]
         progress.show_samples(console, f"samples of phase {phase}", shown)
         run_files.append_samples(files, phase, shown)
-    if phase == 0 or _due(phase, config.checkpoint.every, total):
+    if last or _due(phase, config.checkpoint.every):
         log.flush()
         checkpoint.save(
             manager,
@@ -268,6 +308,7 @@ def close_run(
     kept = [
         ("curves", files.curves),
         ("metrics", files.metrics),
+        ("alerts", files.alerts),
         ("responses", files.responses),
         ("samples", files.samples),
         ("checkpoints", files.checkpoints),

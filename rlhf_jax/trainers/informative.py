@@ -88,6 +88,7 @@ def pick(
         scores,
         np.concatenate([one.total for one in draws])[index],
         {n: np.concatenate([one.parts[n] for one in draws])[index] for n in names},
+        np.concatenate([one.unsafe for one in draws])[index],
         sum(one.rollout_seconds for one in draws),
         sum(one.reward_seconds for one in draws),
     )

@@ -19,6 +19,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
+from rlhf_jax.rewards.safety import build_filter, find_unsafe
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
 from rlhf_jax.rollout.logprobs import Scored, score_responses
@@ -135,9 +136,10 @@ class Collected(NamedTuple):
     """One phase's responses and what they are worth."""
 
     rollout: sampler.Rollout
-    scores: jax.Array  # [B] float32 on the mesh, the weighted sum of the rewards
+    scores: jax.Array  # [B] float32 on the mesh, the rewards' weighted sum, filtered
     total: np.ndarray  # [B] float32, the same on the host
     parts: Mapping[str, np.ndarray]  # each reward alone
+    unsafe: np.ndarray  # [B] bool, by the safety filter, where there is one
     rollout_seconds: float
     reward_seconds: float
 
@@ -155,6 +157,7 @@ def make_collect(
     that each has prompts and samples of its own.
     """
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
+    safety = build_filter(config.safety, mesh=mesh)
 
     def collect(params: Any, phase: int, draw: int = 0, draws: int = 1) -> Collected:
         started = time.perf_counter()
@@ -170,10 +173,15 @@ def make_collect(
             for name, values in taken.columns.items()
         }
         total, parts = score_all(rewards, rollout.prompts, rollout.responses, **columns)
+        unsafe = np.zeros(len(total), bool)
+        if safety:
+            texts = rollout.prompts, rollout.responses
+            unsafe = find_unsafe(safety, *texts, **columns)
+            total = total - np.float32(safety.penalty) * unsafe
         scored = time.perf_counter()
         scores = sharding.to_devices(total, sharding.rows(mesh))
         seconds = sampled - started, scored - sampled
-        return Collected(rollout, scores, total, parts, *seconds)
+        return Collected(rollout, scores, total, parts, unsafe, *seconds)
 
     return collect
 
@@ -208,6 +216,13 @@ def report(
         "time/reward_s": collected.reward_seconds,
         "time/tokens_per_s": sum(tokens) / collected.rollout_seconds,
     }
+    if config.safety.source:
+        metrics["response/unsafe"] = float(collected.unsafe.mean())
+        rows = [
+            row | {"unsafe": bool(unsafe)}
+            for row, unsafe in zip(rows, collected.unsafe, strict=True)
+        ]
+    metrics |= sampler.text_metrics("response", collected.rollout.responses)
     if len(parts) > 1:
         metrics |= {f"reward/{name}": float(s.mean()) for name, s in parts.items()}
     return rows, metrics

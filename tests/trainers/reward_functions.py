@@ -26,6 +26,11 @@ def says_good(prompts, responses, **columns):
     return ["o" in text for text in responses]
 
 
+def has_o(prompts, responses, **columns):
+    """A cost: how often an o is in the response."""
+    return [float(text.count("o")) for text in responses]
+
+
 def breaks(prompts, responses, **columns):
     raise KeyError("no such thing")
 

@@ -51,6 +51,7 @@ def test_what_a_run_leaves(world, straight):
         "samples.md",
         "curves.png",
         "summary.json",
+        "alerts.jsonl",
         "export",
     }
     config = json.loads((straight / "config.json").read_text("utf-8"))

@@ -1,0 +1,38 @@
+"""What the command lines share: flags, and mistakes in one sentence."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from rlhf_jax.errors import UserError
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with a sentence in place of its usage."""
+    try:
+        left = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if left[1:]:
+        raise UserError(f"unknown argument {left[1]!r}; give flags as --name=value")
+    return left
+
+
+def run_command(
+    command: Callable[[], object],
+    *,
+    parse: Callable[[Sequence[str]], list[str]] = parse_flags,
+) -> None:
+    """Parses the flags, then runs the command.
+
+    A `UserError` is printed as a sentence and ends the process with 2, an interrupt
+    with 130.
+    """
+    try:
+        app.run(lambda _: command(), flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

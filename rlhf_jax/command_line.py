@@ -29,8 +29,12 @@ def run_command(
     A `UserError` is printed as a sentence and ends the process with 2, an interrupt
     with 130.
     """
+
+    def run(_: Sequence[str]) -> None:
+        command()  # what it returns would be taken for the exit status
+
     try:
-        app.run(lambda _: command(), flags_parser=parse)
+        app.run(run, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

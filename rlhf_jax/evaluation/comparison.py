@@ -16,17 +16,11 @@ import numpy as np
 from scipy import stats
 
 from rlhf_jax import run_files
+from rlhf_jax.analysis.statistics import Interval
 from rlhf_jax.errors import UserError
+from rlhf_jax.text_signals import distinct_pairs, repeats_itself
 
 REACHED = 0.9  # of the final gain: how far a run has converged
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Measured(NamedTuple):
@@ -135,22 +129,6 @@ def paired_gain(
     return Interval(mean, mean - half, mean + half)
 
 
-def distinct_pairs(texts: Sequence[str]) -> float:
-    """Distinct neighbouring words over all of them (distinct-2).
-
-    References:
-      Li et al. 2016, https://arxiv.org/abs/1510.03055
-    """
-    pairs = [pair for text in texts for pair in zip(*_shifted(text.split(), 2))]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def repeats_itself(text: str) -> bool:
-    """Whether three words in a row come twice."""
-    triples = list(zip(*_shifted(text.lower().split(), 3)))
-    return len(set(triples)) < len(triples)
-
-
 def roughness(values: Sequence[float]) -> float:
     """Root mean square of how far each value is below the best before it."""
     best = np.maximum.accumulate(np.asarray(values, np.float64))
@@ -226,10 +204,6 @@ def _samples(workdir: str | os.PathLike, phases: int) -> int:
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
-
-
-def _shifted(words: Sequence[str], count: int) -> list[Sequence[str]]:
-    return [words[start:] for start in range(count)]
 
 
 def _reached(values: Sequence[float]) -> int | None:

@@ -108,6 +108,7 @@ def run_layers(
     remat: bool = False,
     dropout_key: jax.Array | None = None,
     keep_cache: bool = False,
+    keep_states: bool = False,
 ) -> tuple[jax.Array, Any]:
     """One scan over the stacked layers.
 
@@ -121,10 +122,12 @@ def run_layers(
         remat: recompute layers in the backward pass.
         dropout_key: a typed PRNG key switches dropout and NEFTune's noise on.
         keep_cache: whether keys and values are wanted.
+        keep_states: whether each layer's result is wanted, in place of those.
 
     Returns:
         The normalised hidden states [B, T, D], and with `keep_cache` the stacked
-        (keys, values), each [L, B, K, T, h].
+        (keys, values), each [L, B, K, T, h], or with `keep_states` the residual stream
+        after each layer [L, B, T, D].
     """
     allowed = _allowed(segments)
     if positions is None:
@@ -152,6 +155,8 @@ def run_layers(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         x, kept = Block(config).apply({"params": weights}, x, context, dropout_key=key)
         x = sharding.constrain(x, sharding.BATCH, None, None)
+        if keep_states:
+            return x, x
         return x, kept if keep_cache else None
 
     if remat:

@@ -62,6 +62,7 @@ class Model(NamedTuple):
     unembedding: Callable[[Any], jax.Array]
     score: Callable[[Any, jax.Array], jax.Array]
     classify: Callable[[Any, jax.Array], jax.Array]
+    layer_states: Callable[..., jax.Array]
 
 
 def make_model(
@@ -87,6 +88,7 @@ def make_model(
         - `unembedding(params) -> [V, D]`, the matrix `unembed` multiplies by.
         - `score(params, hidden [..., D]) -> [...]` float32, from the scalar head.
         - `classify(params, hidden [..., D]) -> [..., n]` float32, a logit a label.
+        - `layer_states(params, tokens, mask) -> [L, B, T, D]`, after each layer.
     """
     dtype = jnp.dtype(dtype)
     return Model(
@@ -100,6 +102,7 @@ def make_model(
         functools.partial(unembedding, config),
         score,
         classify,
+        functools.partial(layer_states, config, dtype),
     )
 
 
@@ -187,6 +190,19 @@ def apply(
         dropout_key=dropout_key,
     )
     return hidden
+
+
+def layer_states(
+    config: TransformerConfig,
+    dtype: jnp.dtype,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """The residual stream after each layer, [L, B, T, D]; see `apply`."""
+    segments = mask.astype(jnp.int32)
+    _, states = run_layers(config, dtype, params, tokens, segments, keep_states=True)
+    return states
 
 
 def prefill(

@@ -28,6 +28,11 @@ def assert_same_run(workdir, other):
         for folder in (workdir, other)
     )
     assert mine == others
+    alarms = [
+        path.read_text("utf-8") if path.exists() else ""
+        for path in (workdir / "alerts.jsonl", other / "alerts.jsonl")
+    ]
+    assert alarms[0] == alarms[1]
     samples = [folder / "samples.md" for folder in (workdir, other)]
     if any(path.exists() for path in samples):
         assert samples[0].read_text("utf-8") == samples[1].read_text("utf-8")

@@ -1,0 +1,1 @@
+"""When, how and why a policy went wrong, from a run's checkpoints; see `analyzer`."""

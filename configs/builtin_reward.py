@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
                 "batch": 32,
                 "steps_per_phase": 50,
                 "accumulation": 1,
+                "buckets": (),  # widths that batches of like length are cut to
                 "soft_labels": True,
                 "margin": "",
                 "centering": 0.01,

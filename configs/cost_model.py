@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
                 "batch": 16,  # pairs
                 "steps_per_phase": 14,
                 "accumulation": 1,  # micro-batches of a batch
+                "buckets": (),  # widths that batches of like length are cut to
                 "regularization": 0.001,  # pulls all costs to zero
             },
             "optimizer": {

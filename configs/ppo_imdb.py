@@ -9,20 +9,13 @@ The reviews may also come from TFDS (`--config.data.train=tfds:imdb_reviews`), a
 model from any directory or hub id of the supported families.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from configs import ppo
 
 
 def get_config() -> ConfigDict:
-    # Config files are loaded by path and are no package: so is the one they build on.
-    path = pathlib.Path(__file__).with_name("ppo.py")
-    spec = importlib.util.spec_from_file_location("ppo_config", path)
-    base = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(base)
-
-    config = base.get_config()
+    config = ppo.get_config()
     config.workdir = "runs/ppo_imdb"
     config.model = "gpt2"
     config.total_phases = 200

@@ -72,6 +72,11 @@ def get_config() -> ConfigDict:
                 "batch": 32,  # pairs
                 "steps_per_phase": 48,
                 "accumulation": 1,  # micro-batches of a batch
+                "buckets": (
+                    16,
+                    24,
+                    32,
+                ),  # widths that batches of like length are cut to
                 "soft_labels": True,  # the raters' probabilities, not only the winner
                 # By how much the chosen response should score higher: "" is 0, "column"
                 # that of the data, "raters" the raters' gap.

@@ -50,7 +50,8 @@ def test_the_command(tmp_path):
     ]
     written = json.loads((folder / "analysis.json").read_text("utf-8"))
     assert list(written["summaries"]) == ["0", "5"]
-    assert written["comparisons"]["5"]["scores"]["reward"]["change"]["mean"] == pytest.approx(5.0)
+    reward = written["comparisons"]["5"]["scores"]["reward"]
+    assert reward["change"]["mean"] == pytest.approx(5.0)
     history = json.loads((folder / "full_responses_history.json").read_text("utf-8"))
     saved = [row for row in history if row["split"] == "heldout"]
     assert [row["phase"] for row in saved] == [0] * 8 + [5] * 8

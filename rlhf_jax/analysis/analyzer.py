@@ -12,6 +12,7 @@ evaluation, so that phases are compared in pairs. The first phase looked at is t
 baseline that thresholds come from. Numbers come with 95 % intervals over prompts.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from rlhf_jax.analysis import answers, compared, findings
 from rlhf_jax.analysis.anomalies import Anomaly, find_anomalies, onset
 from rlhf_jax.analysis.evidence import Evidence, from_files, gather
 from rlhf_jax.analysis.history import full_history, sample_rows
-from rlhf_jax.analysis.page import render_page
+from rlhf_jax.analysis.report.page import render_page
+from rlhf_jax.analysis.report.terminal import show_findings
 from rlhf_jax.analysis.samples import PhaseSamples
 from rlhf_jax.analysis.subject import (
     Subject,
@@ -37,7 +39,6 @@ from rlhf_jax.analysis.subject import (
     saved_phases,
 )
 from rlhf_jax.analysis.summary import summarize
-from rlhf_jax.analysis.terminal import show_findings
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.pages import write_files
 
@@ -302,7 +303,11 @@ class AlignmentAnalyzer:
     ) -> findings.Findings:
         """Everything at once: what the report shows."""
         evidence = self.evidence(phases, num_samples)
-        decode = self.subject.tokenizer.decode if evidence.weights else None
+        decode = None
+        if evidence.weights:
+            decode = functools.partial(
+                self.subject.tokenizer.decode, clean_up_tokenization_spaces=False
+            )
         anomalies = self._anomalies(list(evidence.samples.values()), 0.05)
         return findings.make_findings(
             self.workdir, self.config, evidence, anomalies, decode, seed=self._seed
@@ -348,15 +353,16 @@ class AlignmentAnalyzer:
 
     def _gather(self, phases: Sequence[int], count: int) -> Evidence:
         """From the weights where there are some, else from the saved responses."""
-        if not saved_phases(self.workdir):
+        if saved_phases(self.workdir):
+            found = gather(
+                self.subject,
+                phases,
+                num_samples=count,
+                show=lambda done: self._say(f"phase {phases[done - 1]}: measured"),
+            )
+        else:
             self._say("no checkpoint is left; the saved responses are analysed")
-            return from_files(self.workdir, phases, count)
-        found = gather(
-            self.subject,
-            phases,
-            num_samples=count,
-            show=lambda done: self._say(f"phase {phases[done - 1]}: measured"),
-        )
+            found = from_files(self.workdir, phases, count)
         for phase, why in found.skipped.items():
             self._say(f"phase {phase}: {why}")
         if not found.samples:

@@ -107,13 +107,18 @@ def gather(
 def from_files(
     workdir: str | os.PathLike, phases: Sequence[int], num_samples: int
 ) -> Evidence:
-    """What the saved held-out responses tell, where no weights are left."""
+    """What the saved held-out responses tell, where no weights are left.
+
+    A phase with fewer than two of them is left out.
+    """
     found = Evidence({}, {}, {}, {}, {})
     for phase in phases:
         rows = run_files.read_responses(workdir, phase)
         samples = from_rows(phase, rows, count=num_samples)
-        if samples is None:
-            found.skipped[phase] = f"{workdir} has no held-out responses of that phase"
+        if samples is None or len(samples.prompts) < 2:
+            found.skipped[phase] = (
+                f"{workdir} has fewer than 2 held-out responses of phase {phase}"
+            )
         else:
             found.samples[phase] = samples
     return found

@@ -3,9 +3,11 @@
 Dimension key: N rows, T tokens of a row.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax.data.rows import Completion
@@ -109,28 +111,40 @@ def pack_rows(texts: Sequence[Text], *, length: int, pad: int) -> Rows:
 
 
 def length_batches(
-    rows: Rows, order: np.ndarray, *, batch: int, widths: Sequence[int], seed: int
-) -> list[Rows]:
+    rows: Any,
+    lengths: np.ndarray,
+    order: np.ndarray,
+    *,
+    batch: int,
+    widths: Sequence[int],
+    seed: int,
+) -> list[Any]:
     """The rows `order` in batches of like length, each cut to the least width it needs.
 
     Less padding is computed. The batches come in random order, or training would go
     from short to long in each phase.
 
     Args:
-      rows: all rows, T wide.
+      rows: a pytree of arrays [N, ...]; those whose last axis is the longest row, T,
+        are cut.
+      lengths: [N] tokens of each row.
       order: the row numbers of a phase, a multiple of `batch` of them.
       batch: rows of a batch.
       widths: what a batch may be cut to, for each is compiled; T itself is one more.
       seed: of the order of the batches.
     """
-    T = rows.tokens.shape[1]
-    lengths = (rows.segments[order] > 0).sum(axis=1)
-    by_length = order[np.argsort(lengths, kind="stable")].reshape(-1, batch)
+    T = max(x.shape[-1] for x in jax.tree.leaves(rows) if x.ndim > 1)
+
+    def take(x, index, width):
+        return x[index][..., :width] if x.ndim > 1 and x.shape[-1] == T else x[index]
+
+    by_length = order[np.argsort(lengths[order], kind="stable")].reshape(-1, batch)
     batches = []
     for index in np.random.default_rng(seed).permutation(by_length):
-        longest = int((rows.segments[index] > 0).sum(axis=1).max())
-        width = min(w for w in (*widths, T) if w >= longest)
-        batches.append(Rows(*(x[index, :width] for x in rows)))
+        width = min(w for w in (*widths, T) if w >= lengths[index].max())
+        batches.append(
+            jax.tree.map(functools.partial(take, index=index, width=width), rows)
+        )
     return batches
 
 

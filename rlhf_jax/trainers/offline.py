@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import keys, loading, sharding
 from rlhf_jax.data.order import phase_rows
+from rlhf_jax.data.packing import length_batches
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 from rlhf_jax.trees import join
 
@@ -159,6 +160,29 @@ def make_phase(
         return state, metrics | {"time/rows_per_s": steps * batch / seconds}, []
 
     return run_phase
+
+
+def cut_by_length(
+    config: ConfigDict, rows: Any, lengths: np.ndarray
+) -> Callable[[np.ndarray, int], Sequence[Any]] | None:
+    """The `cut` of `make_phase` that `config.learning.buckets` asks for, or None.
+
+    Args:
+      config: the run's.
+      rows: a pytree of arrays [N, ...].
+      lengths: [N] tokens of each row.
+    """
+    learning = config.learning
+    if not learning.buckets:
+        return None
+    return lambda order, phase: length_batches(
+        rows,
+        lengths,
+        order,
+        batch=learning.batch,
+        widths=tuple(learning.buckets),
+        seed=config.seed + phase,
+    )
 
 
 def evaluate_rows(

@@ -208,9 +208,10 @@ def make_phase(
     """Builds `run_phase(state, phase) -> (state, metrics, [])`: steps 1 to 3."""
     pieces = config.learning.accumulation
     micro = {"accumulation": pieces, "counts": count} if pieces > 1 else {}
-    learn = offline.make_phase(
-        config, mesh, make_loss(model, config), optimizer, train, frozen=frozen, **micro
-    )
+    cut = offline.cut_by_length(config, train, train.mask.sum(axis=2).max(axis=1))
+    settings = {"frozen": frozen, "cut": cut, **micro}
+    loss = make_loss(model, config)
+    learn = offline.make_phase(config, mesh, loss, optimizer, train, **settings)
 
     def run_phase(state: offline.State, phase: int):
         state, metrics, rows = learn(state, phase)

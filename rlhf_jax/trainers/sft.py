@@ -32,7 +32,6 @@ from rlhf_jax.data.cleaning import cleaning_of
 from rlhf_jax.data.packing import (
     Rows,
     encode_completions,
-    length_batches,
     pack_rows,
     pad_rows,
 )
@@ -196,18 +195,8 @@ def make_phase(
     frozen: Any | None,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, [])`: steps 1 to 3."""
-    learning, cut = config.learning, None
-    if learning.buckets:
-
-        def cut(order, phase):
-            return length_batches(
-                rows,
-                order,
-                batch=learning.batch,
-                widths=learning.buckets,
-                seed=config.seed + phase,
-            )
-
+    learning = config.learning
+    cut = offline.cut_by_length(config, rows, (rows.segments > 0).sum(axis=1))
     loss = make_loss(model, config)
     micro_batches = {"accumulation": learning.accumulation, "counts": count_learned}
     return offline.make_phase(

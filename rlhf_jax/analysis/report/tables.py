@@ -6,8 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_jax.analysis.compared import Comparison
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import label, number, p_text, signed, spread, thinned
-from rlhf_jax.analysis.page_curves import knows_tokens
+from rlhf_jax.analysis.report.curves import knows_tokens
+from rlhf_jax.analysis.report.labels import (
+    label,
+    number,
+    p_text,
+    signed,
+    spread,
+    thinned,
+)
 from rlhf_jax.evaluation import pages
 from rlhf_jax.evaluation.pages import escape
 

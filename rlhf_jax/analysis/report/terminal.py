@@ -9,15 +9,15 @@ from rich.console import Console
 from rlhf_jax import progress
 from rlhf_jax.analysis.anomalies import Anomaly
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import label, listed, number, spread, thinned
-from rlhf_jax.analysis.statistics import Interval
-from rlhf_jax.analysis.verdict import (
+from rlhf_jax.analysis.report.labels import label, listed, number, spread, thinned
+from rlhf_jax.analysis.report.verdict import (
     change_text,
     checkpoint,
     harm_at,
     kind_text,
     verdict,
 )
+from rlhf_jax.analysis.statistics import Interval
 
 ROWS = 12  # phases of the table
 KINDS = 8  # of anomalies, told with a reason

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from rlhf_jax.analysis.anomalies import Anomaly
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import number, p_text, thinned
-from rlhf_jax.analysis.page_tables import wide
-from rlhf_jax.analysis.page_texts import folded
-from rlhf_jax.analysis.verdict import kind_text
+from rlhf_jax.analysis.report.labels import number, p_text, thinned
+from rlhf_jax.analysis.report.tables import wide
+from rlhf_jax.analysis.report.texts import folded
+from rlhf_jax.analysis.report.verdict import kind_text
 from rlhf_jax.evaluation.pages import escape
 
 TEXTS = 60  # answers shown

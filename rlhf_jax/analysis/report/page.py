@@ -15,13 +15,20 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rlhf_jax.analysis import page_leads
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import label, listed, number, p_text, signed, spread
-from rlhf_jax.analysis.page_anomalies import anomaly_parts
-from rlhf_jax.analysis.page_curves import knows_tokens, over_distance, over_phases
-from rlhf_jax.analysis.page_style import STYLE
-from rlhf_jax.analysis.page_tables import (
+from rlhf_jax.analysis.report import leads
+from rlhf_jax.analysis.report.anomalies import anomaly_parts
+from rlhf_jax.analysis.report.curves import knows_tokens, over_distance, over_phases
+from rlhf_jax.analysis.report.labels import (
+    label,
+    listed,
+    number,
+    p_text,
+    signed,
+    spread,
+)
+from rlhf_jax.analysis.report.style import STYLE
+from rlhf_jax.analysis.report.tables import (
     change_table,
     move_table,
     phase_table,
@@ -29,8 +36,8 @@ from rlhf_jax.analysis.page_tables import (
     trend_table,
     weight_table,
 )
-from rlhf_jax.analysis.page_texts import colored_answers, side_by_side
-from rlhf_jax.analysis.verdict import checkpoint, harm_at, verdict
+from rlhf_jax.analysis.report.texts import colored_answers, side_by_side
+from rlhf_jax.analysis.report.verdict import checkpoint, harm_at, verdict
 from rlhf_jax.evaluation import pages
 from rlhf_jax.evaluation.pages import escape
 
@@ -63,7 +70,7 @@ def render_page(findings: Findings) -> str:
             f'<p class="lead">{s.lead}</p>{s.body}</section>'
             for s in sections
         ),
-        f"<footer>{''.join(f'<p>{line}</p>' for line in page_leads.MEASURED)}</footer>",
+        f"<footer>{''.join(f'<p>{line}</p>' for line in leads.MEASURED)}</footer>",
     ]
     return pages.frame(f"{_run_name(findings)}: analysis", STYLE, body)
 
@@ -139,35 +146,35 @@ def _skipped(findings: Findings) -> list[str]:
 def _sections(findings: Findings) -> Iterator[Section]:
     several, tokens = len(findings.summaries) > 1, knows_tokens(findings)
     curves = over_phases(findings)
-    yield Section("curves", "Curves", page_leads.CURVES, curves)
+    yield Section("curves", "Curves", leads.CURVES, curves)
     distance = ("distance", "Over-optimisation")
     if tokens and several:
-        yield Section(*distance, page_leads.DISTANCE, over_distance(findings))
+        yield Section(*distance, leads.DISTANCE, over_distance(findings))
     else:
-        yield Section(*distance, page_leads.ALONE if tokens else page_leads.GONE)
-    yield Section("phases", "Phases", page_leads.PHASES, phase_table(findings))
+        yield Section(*distance, leads.ALONE if tokens else leads.GONE)
+    yield Section("phases", "Phases", leads.PHASES, phase_table(findings))
     if several:
-        yield Section("trends", "Trends", page_leads.TRENDS, trend_table(findings))
+        yield Section("trends", "Trends", leads.TRENDS, trend_table(findings))
         yield _anomalies(findings)
         yield _samples(findings)
     else:
-        yield Section("trends", "Trends", page_leads.ALONE)
-        yield Section("anomalies", "Anomalies", page_leads.ALONE)
-        yield Section("samples", "Side by side", page_leads.ALONE)
+        yield Section("trends", "Trends", leads.ALONE)
+        yield Section("anomalies", "Anomalies", leads.ALONE)
+        yield Section("samples", "Side by side", leads.ALONE)
     if findings.moves or findings.colored:
         body = move_table(findings) if findings.moves else ""
         body += colored_answers(findings.colored)
-        yield Section("tokens", "Token by token", page_leads.TOKENS, body)
+        yield Section("tokens", "Token by token", leads.TOKENS, body)
     else:
-        yield Section("tokens", "Token by token", page_leads.GONE)
+        yield Section("tokens", "Token by token", leads.GONE)
     yield _weights(findings)
 
 
 def _anomalies(findings: Findings) -> Section:
     head = ("anomalies", "Anomalies")
     if not findings.anomalies:
-        return Section(*head, page_leads.NO_ANOMALIES)
-    return Section(*head, page_leads.ANOMALIES, "".join(anomaly_parts(findings)))
+        return Section(*head, leads.NO_ANOMALIES)
+    return Section(*head, leads.ANOMALIES, "".join(anomaly_parts(findings)))
 
 
 def _samples(findings: Findings) -> Section:
@@ -185,18 +192,18 @@ def _samples(findings: Findings) -> Section:
         f"<p>{', '.join(facts).capitalize()}.</p>{change_table(findings, last)}"
         f"<h3>Greatest changes</h3>{side_by_side(findings)}"
     )
-    return Section("samples", "Side by side", page_leads.SAMPLES, body)
+    return Section("samples", "Side by side", leads.SAMPLES, body)
 
 
 def _weights(findings: Findings) -> Section:
     head = ("weights", "Weights and inner states")
     if not findings.weights:
-        return Section(*head, page_leads.GONE)
+        return Section(*head, leads.GONE)
     body = weight_table(findings)
     if findings.states:
-        body += f'<h3>Inner states</h3><p class="lead">{page_leads.STATES}</p>'
+        body += f'<h3>Inner states</h3><p class="lead">{leads.STATES}</p>'
         body += state_table(findings)
-    return Section(*head, page_leads.WEIGHTS, body)
+    return Section(*head, leads.WEIGHTS, body)
 
 
 def _run_name(findings: Findings) -> str:

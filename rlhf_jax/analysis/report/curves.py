@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.analysis.charts import Axis, Mark, Point, curve_chart, line_chart
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import Label, label, number, p_text, spread, thinned
+from rlhf_jax.analysis.report.charts import Axis, Mark, Point, curve_chart, line_chart
+from rlhf_jax.analysis.report.labels import (
+    Label,
+    label,
+    number,
+    p_text,
+    spread,
+    thinned,
+)
 from rlhf_jax.analysis.statistics import Interval
 from rlhf_jax.evaluation.pages import escape
 

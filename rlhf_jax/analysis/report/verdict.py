@@ -5,7 +5,14 @@ from typing import NamedTuple
 from rlhf_jax.analysis.anomalies import Anomaly
 from rlhf_jax.analysis.anomaly_kinds import HARMFUL
 from rlhf_jax.analysis.findings import Findings
-from rlhf_jax.analysis.labels import label, listed, number, p_text, signed, spread
+from rlhf_jax.analysis.report.labels import (
+    label,
+    listed,
+    number,
+    p_text,
+    signed,
+    spread,
+)
 from rlhf_jax.analysis.statistics import Difference
 
 REASONS = 4  # kinds of harm told

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rlhf_jax.analysis.compared import Comparison, Pair, Piece
 from rlhf_jax.analysis.findings import ColoredAnswer, Findings
-from rlhf_jax.analysis.labels import number
-from rlhf_jax.analysis.page_style import LEVELS
+from rlhf_jax.analysis.report.labels import number
+from rlhf_jax.analysis.report.style import LEVELS
 from rlhf_jax.evaluation.pages import escape
 
 CHANGED, UNCHANGED = 12, 3  # pairs shown

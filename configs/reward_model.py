@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
                 "domains": ("movie", "product"),  # of the built-in sentences
                 "rounds": 8,  # and random comparisons of each sentence, so many
                 "train_split": "train",  # of a file, nine tenths of its prompts
-                "heldout_split": "validation",  # the others; of a hub often "test"
+                "heldout_split": "heldout",  # the others; a hub's validation or test
                 "preference": "better",  # or "safer", of PKU-SafeRLHF
                 "min_characters": 0,  # of each response
                 # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".

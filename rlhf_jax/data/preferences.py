@@ -14,6 +14,8 @@ from rlhf_jax.data.rows import Pair
 from rlhf_jax.data.splits import open_split
 from rlhf_jax.errors import UserError
 
+HELDOUT = ("validation", "test")
+
 __all__ = ["Pair", "load_pairs", "load_preferences", "preference", "preference_pairs"]
 
 
@@ -70,7 +72,8 @@ def load_preferences(
 
     Args:
       source: "builtin:reviews".
-      split: "train", "validation" or "test"; a sentence is in one split only.
+      split: "train", "validation" or "test", a sentence is in one of them only;
+        "heldout" is the last two together.
       domains: of the sentences.
       rounds: besides the pairs that share a beginning, each sentence is compared with
         so many random others of its domain; 0 for none.
@@ -83,7 +86,9 @@ def load_preferences(
         raise UserError(
             f"config.data.source={source!r} is unknown: take {reviews.SOURCE!r}"
         )
-    rows = reviews.load_reviews(split, domains=domains)
+    names = HELDOUT if split == "heldout" else (split,)
+    parts = [reviews.load_reviews(name, domains=domains) for name in names]
+    rows = [row for part in parts for row in part]
     return preference_pairs(rows) + random_pairs(rows, rounds=rounds, seed=seed)
 
 

@@ -160,3 +160,14 @@ def test_the_pairs_of_the_real_sentences(archive):
         assert 0.8 <= pair.probability <= 1 and pair.chosen.startswith(" ")
         assert 1 <= len(pair.prompt.split()) <= 4
     assert pairs == preferences.preference_pairs(rows[::-1])
+
+
+def test_what_is_held_out_is_all_that_is_not_trained_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        reviews, "load_reviews", lambda split, domains: asked.append(split) or []
+    )
+    load_preferences(
+        "builtin:reviews", split="heldout", domains=("movie",), rounds=0, seed=0
+    )
+    assert sorted([*asked, "train"]) == sorted(reviews.SPLITS)

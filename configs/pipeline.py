@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
     for name in ("ppo", "grpo", "dpo"):
         stages[name].model = "stage:sft"
         stages[name].rewards.human.source = "stage:reward_model"
+    # With 0.1 it goes farther from the SFT model than the others, 7 nats.
+    stages["grpo"].grpo.kl_coef = 0.2
     return ConfigDict(
         {
             "algorithm": "pipeline",

@@ -2,8 +2,10 @@
 
     python -m rlhf_jax.train --config=configs/pipeline.py
 
-    base -> SFT -> reward model -> PPO, GRPO and DPO -> comparison
+    base -> SFT -> three reward models -> PPO, GRPO and DPO -> comparison
 
+The reward is the mean of three reward models, which differ in their seed: on held-out
+pairs it tells more of them right than each alone (`ensemble/report.md`).
 Every stage is a run of its own in `runs/pipeline/<stage>`, with the settings of its own
 file in `configs/` but for what stands below; "stage:sft" is the model that the stage
 "sft" made. A stage that is done is skipped, so the same command goes on where it was
@@ -27,26 +29,30 @@ from configs import dpo, grpo, ppo, reward_model, sft
 
 
 def get_config() -> ConfigDict:
-    stages = {
-        "sft": sft.get_config(),
-        "reward_model": reward_model.get_config(),
+    methods = {
         "ppo": ppo.get_config(),
         "grpo": grpo.get_config(),
         "dpo": dpo.get_config(),
     }
-    stages["reward_model"].model = "stage:sft"
-    for name in ("ppo", "grpo", "dpo"):
-        stages[name].model = "stage:sft"
-        stages[name].rewards.human.source = "stage:reward_model"
+    members = {f"reward_model_{seed}": reward_model.get_config() for seed in range(3)}
+    for seed, member in enumerate(members.values()):
+        member.seed = seed
+    sources = tuple(f"stage:{name}" for name in members)
+    for method in methods.values():
+        reward = {"source": sources, "combine": "mean", "weight": 1.0}
+        method.rewards = ConfigDict({"human": reward})
+    for stage in (*members.values(), *methods.values()):
+        stage.model = "stage:sft"
+    stages = {"sft": sft.get_config(), **members, **methods}
     # With 0.1 it goes farther from the SFT model than the others, 7 nats.
-    stages["grpo"].grpo.kl_coef = 0.2
+    methods["grpo"].grpo.kl_coef = 0.2
     return ConfigDict(
         {
             "algorithm": "pipeline",
             "workdir": "runs/pipeline",
-            "seed": 0,  # of every stage
-            "order": ("sft", "reward_model", "ppo", "grpo", "dpo"),
-            "methods": ("ppo", "grpo", "dpo"),
+            "seed": 0,  # added to that of every stage
+            "order": tuple(stages),
+            "methods": tuple(methods),
             "method": "all",  # or one of the methods
             "stages": stages,
         }

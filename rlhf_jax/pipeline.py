@@ -4,9 +4,10 @@
 
 Each stage is an ordinary run in a folder of its own, `<workdir>/<stage>`, which
 `rlhf_jax.train` could have made alone. A setting of a stage that reads "stage:sft" is
-the run folder of that stage. A finished stage is skipped, one that was stopped goes on
-from its last checkpoint; so the same command ends what a killed one began. The methods
-are compared in the end.
+the run folder of that stage; a reward with several of them is their ensemble, which is
+judged on held-out pairs before it is used. A finished stage is skipped, one that was
+stopped goes on from its last checkpoint; so the same command ends what a killed one
+began. The methods are compared in the end.
 """
 
 import json
@@ -15,14 +16,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import plots, progress, run_files
+from rlhf_jax import plots, progress, run_files, sharding
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import comparison
+from rlhf_jax.evaluation.pages import write_files
+from rlhf_jax.evaluation.reward_report import report_pairs
+from rlhf_jax.rewards.ensemble import load_ensemble
+from rlhf_jax.trainers.reward_model import load_data
 
 REFERENCE = "stage:"
+ENSEMBLE = "ensemble"  # the folder of its report
 # What may be given anew to a finished run: none of it changes a number.
 MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh")
 
@@ -52,7 +60,7 @@ def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
         stage = ConfigDict(config.stages[name].to_dict())
         _fill_in(stage, stages, name)
         stage.workdir = str(pathlib.Path(config.workdir) / name)
-        stage.seed = config.seed
+        stage.seed = config.seed + stage.seed
         stages[name] = stage
     return stages
 
@@ -75,6 +83,8 @@ def run(config: ConfigDict, train: Callable[[ConfigDict], None]) -> None:
             progress.say(console, f"{title} is done: {stage.workdir}")
             continue
         progress.say(console, f"{title}, in {stage.workdir}")
+        for sources in _ensembles(stage):
+            judge_ensemble(console, config.workdir, stages, sources)
         train(stage)
         jax.clear_caches()  # the next stage's programs are its own
     methods = [name for name in config.methods if name in stages]
@@ -112,16 +122,75 @@ def report(console: Console, workdir: str, stages: dict[str, ConfigDict]) -> Non
     progress.say(console, f"comparison: {folder / 'comparison.png'}")
 
 
+def judge_ensemble(
+    console: Console,
+    workdir: str,
+    stages: dict[str, ConfigDict],
+    sources: tuple[str, ...],
+) -> None:
+    """Reports once how an ensemble of stages does on the pairs its first one held out.
+
+    Args:
+      console: where the figures are shown.
+      workdir: of the pipeline; the report goes into its folder `ensemble`.
+      stages: those of the pipeline.
+      sources: the run folders of the members.
+    """
+    folder = pathlib.Path(workdir) / ENSEMBLE
+    members = [stage for stage in stages.values() if stage.workdir in sources]
+    trained = all(stage.algorithm == "reward_model" for stage in members)
+    if not trained or (folder / "report.json").exists():
+        return
+    mesh = sharding.make_mesh(**members[0].mesh)
+    tokenizer = load_tokenizer(run_files.exported(sources[0]))
+    with jax.set_mesh(mesh):
+        train, heldout = load_data(members[0], tokenizer, console)
+        prompts = [pair.prompt for pair in heldout]
+        score = load_ensemble([run_files.exported(one) for one in sources], mesh=mesh)
+        scores = np.stack(
+            [
+                score(prompts, [getattr(pair, side) for pair in heldout]).scores
+                for side in ("chosen", "rejected")
+            ],
+            axis=1,
+        )
+    if jax.process_index() != 0:
+        return
+    title = f"Ensemble of {len(sources)} reward models"
+    figures, facts = report_pairs(
+        folder, train, heldout, scores, costs=False, title=title
+    )
+    progress.show_summary(console, title, [], facts)
+    text = json.dumps(figures, indent=2) + "\n"
+    write_files(folder, {"report.json": text})
+
+
+def _ensembles(stage: ConfigDict) -> list[tuple[str, ...]]:
+    """The run folders of each reward of a stage that has several."""
+    sources = (reward.source for reward in stage.get("rewards", {}).values())
+    return [tuple(one) for one in sources if not isinstance(one, str)]
+
+
 def _fill_in(settings: Any, stages: dict[str, ConfigDict], name: str) -> None:
     """Puts run folders in the place of "stage:<name>", at any depth."""
     for key, value in settings.items():
         if isinstance(value, ConfigDict):
             _fill_in(value, stages, name)
-        elif isinstance(value, str) and value.startswith(REFERENCE):
-            wanted = value.removeprefix(REFERENCE)
-            if wanted not in stages:
-                raise UserError(
-                    f"the stage {name!r} has {key}={value!r}, but no stage of that "
-                    "name comes before it: see config.order"
-                )
-            settings[key] = stages[wanted].workdir
+        elif isinstance(value, str):
+            settings[key] = _folder_of(key, value, stages, name)
+        elif isinstance(value, list | tuple):
+            folder = lambda one, key=key: _folder_of(key, one, stages, name)
+            settings[key] = tuple(map(folder, value))
+
+
+def _folder_of(key: str, value: Any, stages: dict[str, ConfigDict], name: str) -> Any:
+    """The run folder of "stage:<name>"; anything else as it is."""
+    if not isinstance(value, str) or not value.startswith(REFERENCE):
+        return value
+    wanted = value.removeprefix(REFERENCE)
+    if wanted not in stages:
+        raise UserError(
+            f"the stage {name!r} has {key}={value!r}, but no stage of that name comes "
+            "before it: see config.order"
+        )
+    return stages[wanted].workdir

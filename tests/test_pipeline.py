@@ -56,7 +56,7 @@ def test_stages_run_once_in_order_and_are_compared(tmp_path, capsys):
     folder = tmp_path / "all"
     names = ["sft", "reward_model", "ppo", "dpo"]
     assert [stage.workdir for stage in done] == [str(folder / name) for name in names]
-    assert {stage.seed for stage in done} == {3}
+    assert {stage.seed for stage in done} == {9 + 3}
     assert done[0].model == "builtin"
     assert done[2].model == str(folder / "sft")
     assert done[3].rewards.human.source == str(folder / "reward_model")
@@ -111,3 +111,27 @@ def test_a_finished_stage_with_other_settings_is_not_taken(tmp_path):
 def test_orders_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         pipeline.stages_of(make_config(tmp_path, **changes))
+
+
+def test_several_stages_are_an_ensemble_that_is_judged_first(tmp_path, monkeypatch):
+    config, events = make_config(tmp_path), []
+    config.stages.other = ConfigDict(config.stages.reward_model.to_dict())
+    config.order = ("sft", "reward_model", "other", "ppo", "dpo")
+    pair = {"source": ("stage:reward_model", "stage:other")}
+    for name in ("ppo", "dpo"):
+        config.stages[name].rewards = ConfigDict({"human": pair})
+    members = tuple(str(tmp_path / name) for name in ("reward_model", "other"))
+    monkeypatch.setattr(
+        pipeline,
+        "judge_ensemble",
+        lambda console, workdir, stages, sources: events.append(sources),
+    )
+    done = []
+
+    def train(stage):
+        events.append(stage.workdir.rpartition("/")[2])
+        train_into_files(stage, done)
+
+    pipeline.run(config, train)
+    assert events == ["sft", "reward_model", "other", members, "ppo", members, "dpo"]
+    assert done[3].rewards.human.source == members

@@ -43,7 +43,7 @@ def test_the_command(tmp_path):
     run = saved_run(tmp_path / "run")
     found = command(f"--run={run}", "--num_samples=8")
     assert found.returncode == 0 and found.stderr == ""
-    assert "the saved responses are analysed" in found.stdout
+    assert "no checkpoint is left; so the saved responses are analysed" in found.stdout
     folder = run / "analysis"
     assert sorted(path.name for path in folder.iterdir()) == [
         *("analysis.json", "full_responses_history.json", "report.html"),

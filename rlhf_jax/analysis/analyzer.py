@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import progress
+from rlhf_jax import progress, run_files
 from rlhf_jax.analysis import answers, compared, findings
 from rlhf_jax.analysis.anomalies import Anomaly, find_anomalies, onset
 from rlhf_jax.analysis.evidence import Evidence, from_files, gather
@@ -352,17 +352,25 @@ class AlignmentAnalyzer:
         return full_history(self.workdir, drawn)
 
     def _gather(self, phases: Sequence[int], count: int) -> Evidence:
-        """From the weights where there are some, else from the saved responses."""
-        if saved_phases(self.workdir):
+        """From the weights where they can be had, else from the saved responses."""
+        said = run_files.response_phases(self.workdir, "heldout")
+        try:
+            if not saved_phases(self.workdir):
+                raise UserError("no checkpoint is left")
+            subject = self.subject
+        except UserError as error:
+            if not set(said) & set(phases):
+                raise
+            self._say(f"{error}; so the saved responses are analysed")
+            there = [phase for phase in phases if phase in said]
+            found = from_files(self.workdir, there, count)
+        else:
             found = gather(
-                self.subject,
+                subject,
                 phases,
                 num_samples=count,
                 show=lambda done: self._say(f"phase {phases[done - 1]}: measured"),
             )
-        else:
-            self._say("no checkpoint is left; the saved responses are analysed")
-            found = from_files(self.workdir, phases, count)
         for phase, why in found.skipped.items():
             self._say(f"phase {phase}: {why}")
         if not found.samples:

@@ -74,7 +74,8 @@ class Parting(NamedTuple):
       seen_at: the first phase after it whose gold is measurably below that, while its
         proxy is not.
       gold_lost: how much of the gold is lost at the last phase.
-      p_value: of that loss at `seen_at`, adjusted for all phases looked at.
+      p_value: of that loss at `seen_at`, adjusted for all phases looked at and for the
+        choice of the best.
     """
 
     phase: int
@@ -152,7 +153,9 @@ def find_parting(
     top = int(gold.mean(axis=1).argmax())
     after = range(top + 1, len(phases))
     lost = [paired_difference(gold[top], gold[k], seed=seed) for k in after]
-    adjusted = benjamini_hochberg([one.p_value for one in lost])
+    # The best was chosen for its mean, chance and all: one of as many as precede it.
+    chosen = top + 1
+    adjusted = chosen * benjamini_hochberg([one.p_value for one in lost])
     for k, p_value in zip(after, adjusted):
         drop = gold[k].mean() < gold[top].mean()
         kept = proxy[k].mean() >= proxy[top].mean()

@@ -176,6 +176,52 @@ def test_history_has_what_was_saved_and_drawn(ppo):
     assert {row["phase"] for row in drawn} == {2, 3}
 
 
+def refuse(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def check_report(folder, paths, phases):
+    """Three files, and each says the same of the run; what the JSON files hold."""
+    names = ["report.html", "analysis.json", "full_responses_history.json"]
+    assert paths == [folder / name for name in names]
+    page, *texts = (path.read_text("utf-8") for path in paths)
+    assert page.startswith("<!doctype html>") and "Side by side" in page
+    found, rows = (json.loads(text, parse_constant=refuse) for text in texts)
+    assert list(found["summaries"]) == [str(phase) for phase in phases]
+    return found, rows
+
+
+def test_a_report(ppo_copy, tmp_path, capsys):
+    analyzer = analyze(ppo_copy)
+    paths = analyzer.write_report()
+    said = capsys.readouterr().out
+    assert all(f"wrote {path}" in said for path in paths)
+    found, rows = check_report(ppo_copy / "analysis", paths, SAVED)
+    for phase in SAVED:
+        mean = found["summaries"][str(phase)]["mean_reward"]
+        assert mean == pytest.approx(rewards_of(ppo_copy, phase).mean(), abs=1e-6)
+    saved = sum(len(run_files.read_responses(ppo_copy, phase)) for phase in SAVED)
+    assert len(rows) == saved + 4 * 16
+    elsewhere = tmp_path / "elsewhere"
+    some = analyzer.write_report(elsewhere, phases=[0, 3], num_samples=16)
+    check_report(elsewhere, some, [0, 3])
+    # the folder of the report is none of the run's own
+    assert list(analyze(ppo_copy).findings().summaries) == list(SAVED)
+
+
+def test_a_report_of_saved_responses_alone(ppo_copy):
+    shutil.rmtree(ppo_copy / "checkpoints")
+    paths = analyze(ppo_copy).write_report()
+    found, _ = check_report(ppo_copy / "analysis", paths, SAVED)
+    assert found["weights"] == found["states"] == found["curves"] == {}
+
+
+def test_a_report_that_cannot_be_written(analyzer, tmp_path):
+    (tmp_path / "file").write_text("", "utf-8")
+    message = complaint(analyzer.write_report, tmp_path / "file")
+    assert str(tmp_path / "file") in message
+
+
 def test_no_run(tmp_path):
     message = complaint(AlignmentAnalyzer, tmp_path / "nowhere")
     assert "there is no folder" in message

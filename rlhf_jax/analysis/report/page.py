@@ -181,7 +181,7 @@ def _samples(findings: Findings) -> Section:
     last = next(reversed(findings.comparisons.values()))
     facts = [
         f"{last.identical:.0%} of the answers are the same in both phases",
-        f"the rewards spread {last.deviation_ratio:.2f} times as wide",
+        f"the rewards spread {number(last.deviation_ratio, '.2f')} times as wide",
     ]
     if last.first_difference is not None:
         facts.append(

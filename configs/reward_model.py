@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
                 "domains": ("movie", "product"),  # of the built-in sentences
                 "rounds": 8,  # and random comparisons of each sentence, so many
                 "train_split": "train",  # of a file, nine tenths of its prompts
-                "heldout_split": "heldout",  # the others; a hub's validation or test
+                "heldout_split": "heldout",  # the others; a hub's test or validation
                 "preference": "better",  # or "safer", of PKU-SafeRLHF
                 "min_characters": 0,  # of each response
                 # Around prompts that are no chats, as "USER: {prompt} ASSISTANT:".
@@ -72,11 +72,8 @@ def get_config() -> ConfigDict:
                 "batch": 32,  # pairs
                 "steps_per_phase": 48,
                 "accumulation": 1,  # micro-batches of a batch
-                "buckets": (
-                    16,
-                    24,
-                    32,
-                ),  # widths that batches of like length are cut to
+                # Pairs of like length share a batch, which is cut to one of these.
+                "buckets": (16, 24, 32),
                 "soft_labels": True,  # the raters' probabilities, not only the winner
                 # By how much the chosen response should score higher: "" is 0, "column"
                 # that of the data, "raters" the raters' gap.

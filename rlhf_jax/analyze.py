@@ -30,6 +30,12 @@ def train_and_analyze(config: ConfigDict) -> AlignmentAnalyzer:
     Raises:
       UserError: the config, the files it names or the machine do not allow it.
     """
+    lacking = [name for name in ("rollout", "rewards") if name not in config]
+    if lacking:
+        raise UserError(
+            f"a {config.algorithm} config has no {' and no '.join(lacking)}: what is "
+            "analysed are policies that answer prompts for a reward (ppo, grpo, dpo)"
+        )
     train(config)
     return AlignmentAnalyzer(config.workdir)
 
@@ -55,7 +61,7 @@ def analyze(
 
 
 def _numbers(phases: Sequence[str]) -> list[int]:
-    wrong = [phase for phase in phases if not phase.strip().isdigit()]
+    wrong = [phase for phase in phases if not phase.strip().isdecimal()]
     if wrong:
         raise UserError(
             f"--phases has {wrong[0]!r}: give numbers of phases, as --phases=0,10,20"

@@ -25,8 +25,9 @@ def peak_memory() -> float | None:
     if not _STATUS.exists():
         return None
     lines = _STATUS.read_text("ascii").splitlines()
-    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return 1024.0 * int(peak)
+    peaks = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    peak = next(peaks, None)
+    return None if peak is None else 1024.0 * int(peak)
 
 
 def reset_peak_memory() -> None:

@@ -90,20 +90,25 @@ def _times(factor: float) -> Callable:
     return lambda values, baseline: factor * baseline
 
 
+def _beyond(value: float, factor: float) -> float:
+    """`factor` times a value, and as far above it where it is negative."""
+    return value + (factor - 1.0) * abs(value)
+
+
 def _median(factor: float, rows: int) -> Callable:
     """Of the rows before the newest."""
 
     def bound(values, baseline):
         if len(values) <= rows:
             return None
-        return factor * float(np.median(values[-rows - 1 : -1]))
+        return _beyond(float(np.median(values[-rows - 1 : -1])), factor)
 
     return bound
 
 
 def _least(factor: float) -> Callable:
     return lambda values, baseline: (
-        factor * float(values[:-1].min()) if len(values) > BASELINE else None
+        _beyond(float(values[:-1].min()), factor) if len(values) > BASELINE else None
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -26,13 +27,12 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import comparison
 from rlhf_jax.evaluation.pages import write_files
 from rlhf_jax.evaluation.reward_report import report_pairs
-from rlhf_jax.rewards.ensemble import load_ensemble
+from rlhf_jax.rewards import build_rewards
+from rlhf_jax.trainers.common import MAY_CHANGE
 from rlhf_jax.trainers.reward_model import load_data
 
 REFERENCE = "stage:"
 ENSEMBLE = "ensemble"  # the folder of its report
-# What may be given anew to a finished run: none of it changes a number.
-MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh")
 
 
 def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -83,8 +83,8 @@ def run(config: ConfigDict, train: Callable[[ConfigDict], None]) -> None:
             progress.say(console, f"{title} is done: {stage.workdir}")
             continue
         progress.say(console, f"{title}, in {stage.workdir}")
-        for sources in _ensembles(stage):
-            judge_ensemble(console, config.workdir, stages, sources)
+        for reward in _ensembles(stage):
+            judge_ensemble(console, config.workdir, stages, reward)
         train(stage)
         jax.clear_caches()  # the next stage's programs are its own
     methods = [name for name in config.methods if name in stages]
@@ -123,52 +123,49 @@ def report(console: Console, workdir: str, stages: dict[str, ConfigDict]) -> Non
 
 
 def judge_ensemble(
-    console: Console,
-    workdir: str,
-    stages: dict[str, ConfigDict],
-    sources: tuple[str, ...],
+    console: Console, workdir: str, stages: dict[str, ConfigDict], reward: ConfigDict
 ) -> None:
-    """Reports once how an ensemble of stages does on the pairs its first one held out.
+    """Reports how an ensemble of reward models does on pairs its first one held out.
 
     Args:
       console: where the figures are shown.
-      workdir: of the pipeline; the report goes into its folder `ensemble`.
+      workdir: of the pipeline; the report goes into its folder `ensemble`, and is not
+        made again for the same reward.
       stages: those of the pipeline.
-      sources: the run folders of the members.
+      reward: an entry of a stage's `rewards` with several sources; one whose sources
+        are not all reward models of this pipeline is left alone.
     """
+    models = {s.workdir: s for s in stages.values() if s.algorithm == "reward_model"}
+    if not set(reward.source) <= set(models):
+        return
     folder = pathlib.Path(workdir) / ENSEMBLE
-    members = [stage for stage in stages.values() if stage.workdir in sources]
-    trained = all(stage.algorithm == "reward_model" for stage in members)
-    if not trained or (folder / "report.json").exists():
+    told, entry = folder / "reward.json", json.dumps(reward.to_dict(), sort_keys=True)
+    done = told.exists() and told.read_text("utf-8") == entry
+    if multihost_utils.broadcast_one_to_all(np.bool_(done)):
         return
-    mesh = sharding.make_mesh(**members[0].mesh)
-    tokenizer = load_tokenizer(run_files.exported(sources[0]))
+    first = models[reward.source[0]]
+    mesh = sharding.make_mesh(**first.mesh)
+    tokenizer = load_tokenizer(run_files.exported(first.workdir))
     with jax.set_mesh(mesh):
-        train, heldout = load_data(members[0], tokenizer, console)
+        train, heldout = load_data(first, tokenizer, console)
         prompts = [pair.prompt for pair in heldout]
-        score = load_ensemble([run_files.exported(one) for one in sources], mesh=mesh)
-        scores = np.stack(
-            [
-                score(prompts, [getattr(pair, side) for pair in heldout]).scores
-                for side in ("chosen", "rejected")
-            ],
-            axis=1,
-        )
-    if jax.process_index() != 0:
-        return
-    title = f"Ensemble of {len(sources)} reward models"
-    figures, facts = report_pairs(
-        folder, train, heldout, scores, costs=False, title=title
-    )
-    progress.show_summary(console, title, [], facts)
-    text = json.dumps(figures, indent=2) + "\n"
-    write_files(folder, {"report.json": text})
+        (judged,) = build_rewards({"ensemble": reward}, mesh=mesh)
+        scores = [
+            judged.score(prompts, [getattr(pair, side) for pair in heldout]).scores
+            for side in ("chosen", "rejected")
+        ]
+    if jax.process_index() == 0:
+        title = f"Ensemble of {len(reward.source)} reward models"
+        pairs = train, heldout, np.stack(scores, axis=1)
+        _, facts = report_pairs(folder, *pairs, costs=False, title=title)
+        progress.show_summary(console, title, [], facts)
+        write_files(folder, {told.name: entry})
 
 
-def _ensembles(stage: ConfigDict) -> list[tuple[str, ...]]:
-    """The run folders of each reward of a stage that has several."""
-    sources = (reward.source for reward in stage.get("rewards", {}).values())
-    return [tuple(one) for one in sources if not isinstance(one, str)]
+def _ensembles(stage: ConfigDict) -> list[ConfigDict]:
+    """The rewards of a stage that have several sources."""
+    rewards = stage.get("rewards", {}).values()
+    return [reward for reward in rewards if not isinstance(reward.source, str)]
 
 
 def _fill_in(settings: Any, stages: dict[str, ConfigDict], name: str) -> None:

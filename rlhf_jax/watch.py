@@ -86,23 +86,25 @@ class Watch:
 
         Each judge's scores are held against those of the evaluation where their mean
         was greatest, over the same prompts: the p-value of a drop, one-sided, times the
-        number of judges and of evaluations so far. It is 1 where the reward has not
-        held either, or the drop is below a fifth of a deviation.
+        number of judges and of the pairs of evaluations that may have been compared. It
+        is 1 where the reward has not held either, or the drop is below a fifth of a
+        deviation.
         """
         heldout = _heldout(rows)
         judges = [name for name in (heldout[0] if heldout else {}) if _is_judge(name)]
         if not judges:
             return {}
         reward = float(np.mean([row["reward"] for row in heldout]))
-        looks = len(judges) * sum("heldout/reward_mean" in row for row in self._rows)
+        before = sum("heldout/reward_mean" in row for row in self._rows)
+        looks = len(judges) * before * (before + 1)
         p_values = [1.0]
         for name in judges:
             if name not in self._best or reward < self._best[name][1]:
                 continue
-            before, now = _paired(self._best[name][2], heldout, name)
-            drop = before.mean() - now.mean()
-            if drop > LEAST_DROP * before.std():
-                test = stats.ttest_rel(before, now, alternative="greater")
+            best, now = _paired(self._best[name][2], heldout, name)
+            drop = best.mean() - now.mean()
+            if drop > LEAST_DROP * best.std():
+                test = stats.ttest_rel(best, now, alternative="greater")
                 p_values.append(min(1.0, looks * float(test.pvalue)))
         self._remember(heldout)
         return {"heldout/judge_drop_p": min(p_values)}

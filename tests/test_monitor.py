@@ -140,3 +140,16 @@ def test_off_and_no_bound():
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         monitor.rules_of(SETTINGS | changes)
+
+
+def test_losses_below_zero():
+    """Of some losses; a factor alone would call every fall a rise."""
+    offline = lambda name, values: rows_of(name, values, others={"lr": 1.0})
+    falls = [-1.0 - 0.01 * n for n in range(14)]
+    assert alerts_of(offline("loss", falls)) == []
+    assert alerts_of(offline("heldout/loss", falls)) == []
+    rises = [-1.0] * 11 + [1.1, 1.1]
+    assert [a.rule for a in alerts_of(offline("loss", rises))] == ["loss_spike"]
+    rises = [-1.0] * 5 + [-0.9]
+    found = alerts_of(offline("heldout/loss", rises))
+    assert [alert.rule for alert in found] == ["overfitting"]

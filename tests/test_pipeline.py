@@ -124,7 +124,7 @@ def test_several_stages_are_an_ensemble_that_is_judged_first(tmp_path, monkeypat
     monkeypatch.setattr(
         pipeline,
         "judge_ensemble",
-        lambda console, workdir, stages, sources: events.append(sources),
+        lambda console, workdir, stages, reward: events.append(reward.source),
     )
     done = []
 

@@ -49,7 +49,7 @@ class AlignmentAnalyzer:
     """The phases of one run, to be asked.
 
     Weights are restored one phase at a time; what was measured is kept, so that further
-    questions about the same phases cost nothing.
+    questions about the same phases, with as many samples, cost nothing.
     """
 
     def __init__(
@@ -365,10 +365,13 @@ class AlignmentAnalyzer:
             there = [phase for phase in phases if phase in said]
             found = from_files(self.workdir, there, count)
         else:
+            most = len(subject.prompts["heldout"].texts)
+            if count > most:  # answers to one prompt are no independent samples
+                self._say(f"num_samples is {most}: there are no more held-out prompts")
             found = gather(
                 subject,
                 phases,
-                num_samples=count,
+                num_samples=min(count, most),
                 show=lambda done: self._say(f"phase {phases[done - 1]}: measured"),
             )
         for phase, why in found.skipped.items():

@@ -14,7 +14,7 @@ from rlhf_jax.analysis.samples import PhaseSamples
 from rlhf_jax.analysis.subject import Subject
 from rlhf_jax.data.prompts import phase_batch
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import name_scores, score_all
+from rlhf_jax.rewards import judge_scores, name_scores, score_all
 from rlhf_jax.rollout.logprobs import Transcript, score_responses
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
 
@@ -121,9 +121,8 @@ def make_answer(
         tokens, mask, finished = (np.concatenate(a)[:count] for a in zip(*drawn))
         pair = questions.texts, responses
         total, parts = score_all(subject.rewards, *pair, **questions.columns)
-        _, judged = score_all(subject.judges, *pair, **questions.columns)
         scores = name_scores(total, parts)
-        scores |= {f"judge/{name}": values for name, values in judged.items()}
+        scores |= judge_scores(subject.judges, *pair, **questions.columns)
         said = logprobs(policy, transcripts, count)
         samples = PhaseSamples(phase, *pair, tokens, mask, said, None, finished, scores)
         return samples, transcripts

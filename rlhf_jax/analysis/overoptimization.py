@@ -22,6 +22,7 @@ import numpy as np
 from rlhf_jax.analysis.statistics import benjamini_hochberg, paired_difference
 
 LEVEL = 0.05
+START = 0.1  # √nats: nearer to the reference is the reference
 RESAMPLES = 2000
 MOST_LOG_PEAK = 50.0
 
@@ -87,13 +88,15 @@ class Parting(NamedTuple):
 def fit_curve(distances: Sequence[float], rewards: Sequence[float]) -> Curve | None:
     """Fits α and β; None with fewer than three phases away from the start.
 
+    The first phase has to be the reference itself: None if it is away from it.
+
     Args:
       distances: [K] √KL of each phase, the first of them the start.
       rewards: [K] mean reward.
     """
     d = np.maximum(np.asarray(distances, np.float64), 0.0)
     r = np.asarray(rewards, np.float64)
-    if len(d) < 4 or np.count_nonzero(d > 0) < 3:
+    if len(d) < 4 or np.count_nonzero(d > 0) < 3 or d[0] > START:
         return None
     terms = np.stack([d, -_d_log_d(d)], axis=1)
     rise = r - r[0]

@@ -8,9 +8,8 @@ Dimension key: N prompts, K phases or series, M values, R resamples.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -108,62 +107,6 @@ def mean_interval(
     half = np.quantile(t, level, axis=-1) * error
     found = Interval(mean, mean - half, mean + half)
     return Interval(*map(float, found)) if values.ndim == 1 else found
-
-
-def interval(
-    statistic: Callable[..., Any],
-    *samples: np.ndarray,
-    level: float = 0.95,
-    seed: int = 0,
-    resamples: int = 2_000,
-) -> Interval:
-    """Any statistic of the prompts with its bootstrap interval, BCa where it exists.
-
-    It exists unless all values, or all with one left out, give the same; the interval
-    is then that of the resamples' quantiles.
-
-    Args:
-      statistic: `statistic(*samples, axis=)`, such as np.std or
-        `lambda a, b, axis: a.mean(axis) / b.mean(axis)`.
-      *samples: [N] each, finite, of the same prompts.
-      level: how often the interval should hold the true statistic.
-      seed: of the resamples.
-      resamples: R.
-
-    Raises:
-      ValueError: too few values, one that is not finite, or samples of unlike length.
-
-    References:
-      Efron 1987, https://doi.org/10.1080/01621459.1987.10478410
-    """
-    samples = [_finite("samples", sample, least=2) for sample in samples]
-    if len({sample.shape for sample in samples}) != 1 or samples[0].ndim != 1:
-        raise ValueError(
-            f"samples must be [N] of the same prompts, not {[s.shape for s in samples]}"
-        )
-    settings = {"paired": True, "confidence_level": level, "vectorized": True}
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        # no BCa: tried next with quantiles
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
-            samples,
-            statistic,
-            method="BCa",
-            n_resamples=resamples,
-            random_state=np.random.default_rng(seed),
-            **settings,
-        )
-    if not np.isfinite(found.confidence_interval).all():
-        found = stats.bootstrap(
-            samples,
-            statistic,
-            method="percentile",
-            n_resamples=0,
-            bootstrap_result=found,
-            **settings,
-        )
-    low, high = found.confidence_interval
-    return Interval(float(statistic(*samples, axis=-1)), float(low), float(high))
 
 
 def paired_difference(

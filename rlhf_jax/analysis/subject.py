@@ -35,7 +35,7 @@ class Subject(NamedTuple):
       tokenizer: of the policy.
       sample: the run's sampler.
       prompts: by split, "train" and "heldout".
-      rewards: what the policy was trained on.
+      rewards: what the policy was trained on, without a safety filter's penalty.
       judges: what it was not.
     """
 
@@ -154,11 +154,6 @@ def _open(workdir, config: ConfigDict, mesh: Mesh, console: Console) -> Subject:
         tokenizer = loading.load_run_tokenizer(config, console)
         parts = trainable.cut(config, loaded.params, mesh)
         abstract = checkpoint.abstract(parts.trained)
-        reference = trainable.reference_of(config, parts)
-        if config.lora.rank or config.freeze:
-            frozen = parts.frozen
-        else:
-            frozen, reference = None, loaded.params
         # A preference run has its prompts apart from its pairs.
         data = config.data if "train" in config.data else config.prompts
         train, heldout = load_both(
@@ -169,9 +164,9 @@ def _open(workdir, config: ConfigDict, mesh: Mesh, console: Console) -> Subject:
             config=config,
             mesh=mesh,
             model=loaded.model,
-            reference=reference,
+            reference=trainable.start_of(config, parts),
             trained=abstract,
-            frozen=frozen,
+            frozen=parts.frozen,
             tokenizer=tokenizer,
             sample=sampler_of(config.rollout, loaded.model, tokenizer, mesh),
             prompts={"train": train, "heldout": heldout},

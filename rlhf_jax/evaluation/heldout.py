@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rlhf_jax import sharding
 from rlhf_jax.data.prompts import Prompts
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.rewards import Reward, name_scores, score_all
+from rlhf_jax.rewards import Reward, judge_scores, name_scores, score_all
 from rlhf_jax.rollout.logprobs import score_responses
 from rlhf_jax.rollout.sampler import Sampler, records, text_metrics
 
@@ -77,8 +77,7 @@ def make_heldout(
             pairs = (rollout.prompts, rollout.responses)
             total, parts = score_all(rewards, *pairs, **columns)
             scores = name_scores(total, parts)
-            _, judged = score_all(judges, *pairs, **columns)
-            scores |= {f"judge/{name}": s for name, s in judged.items()}
+            scores |= judge_scores(judges, *pairs, **columns)
             rows += records(rollout, scores, kl, split="heldout", seed=seed)
         rows = [row | {"index": i} for i, row in enumerate(rows[:count])]
         return _means(rows), rows

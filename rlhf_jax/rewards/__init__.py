@@ -156,6 +156,17 @@ def name_scores(
     return {"reward": total} | {f"reward/{name}": part for name, part in parts.items()}
 
 
+def judge_scores(
+    judges: Sequence[Reward],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    **columns: Sequence[Any],
+) -> dict[str, np.ndarray]:
+    """Each judge alone, as the column "judge/<name>"; details are left out."""
+    _, parts = score_all(judges, prompts, responses, **columns)
+    return {f"judge/{judge.name}": parts[judge.name] for judge in judges}
+
+
 def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
     source, weight = entry.get("source"), entry.get("weight", 1.0)
     several = isinstance(source, list | tuple) and source

@@ -247,7 +247,13 @@ def _after_halt(
     )
     saved = checkpoint.saved_phases(files.checkpoints)
     good = [phase for phase in saved if phase < alert.since]
-    if config.monitor.action != "rollback" or not good:
+    if config.monitor.action != "rollback":
+        return state
+    if not good:
+        say(
+            f"no phase before {alert.since} is saved any more, so the last one is "
+            "exported: to roll back next time, raise config.checkpoint.keep"
+        )
         return state
     say(f"rolled back to phase {good[-1]}, the last one saved before it went wrong")
     target = checkpoint.abstract(state.policy)

@@ -166,3 +166,11 @@ def test_seldom_a_parting_where_nothing_happens():
         proxy = np.arange(11.0)[:, None] + np.zeros((11, 16))
         found += find_parting(range(11), proxy, gold) is not None
     assert found <= 5
+
+
+def test_a_run_that_is_looked_at_late_has_no_curve():
+    """The curve starts at the reference, which is not among these phases."""
+    distances = np.array([2.0, 2.5, 3.0, 3.5])
+    rewards = distances * (1.2 - 0.6 * np.log(distances))
+    assert fit_curve(distances, rewards) is None
+    assert fit_curve([0.0, *distances], [0.0, *rewards]).alpha == pytest.approx(1.2)

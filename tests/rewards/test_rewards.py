@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import build_rewards, functions, score_all
+from rlhf_jax.rewards import (
+    Reward,
+    build_rewards,
+    functions,
+    judge_scores,
+    score_all,
+)
+from rlhf_jax.rewards.ensemble import Detailed
 
 MODULE = """
 import numpy as np
@@ -227,3 +234,14 @@ def test_a_classifier_and_a_function_have_no_scale(mesh):
     ):
         with pytest.raises(UserError, match=message):
             build_rewards({"mine": {"source": source, "normalize": True}}, mesh=mesh)
+
+
+def test_a_judge_gives_its_scores_and_no_details():
+    """The members' deviation of an ensemble is no judge of its own."""
+    detailed = lambda prompts, responses: Detailed(
+        np.float32([1.0, 2.0]), {"std": np.float32([0.1, 0.2])}
+    )
+    judge = Reward("several", "a + b", 1.0, detailed)
+    found = judge_scores([judge], ["p", "q"], ["x", "y"])
+    assert list(found) == ["judge/several"]
+    np.testing.assert_array_equal(found["judge/several"], [1.0, 2.0])

@@ -17,7 +17,7 @@ something is wrong.
 """
 TRENDS = """
 The mean over prompts of each one's least-squares slope over the phases. A direction is
-given where p is below 5&nbsp;%.
+given where p is below 5&nbsp;%; p is not adjusted for the number of measures.
 """
 ANOMALIES = """
 What is odd beside the first phase: ● is a phase as a whole, a number is how many of its

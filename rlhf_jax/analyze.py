@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rlhf_jax.analysis.analyzer import AlignmentAnalyzer
-from rlhf_jax.command_line import run_command
+from rlhf_jax.command_line import run_with_flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import join_hosts
 from rlhf_jax.train import train
@@ -82,9 +82,7 @@ def main() -> None:
     """The command line."""
     _define_flags()
     join_hosts()
-    names = analyze.__kwdefaults__
-    value = lambda name: flags.FLAGS[name].value
-    run_command(lambda: analyze(value("run"), **{name: value(name) for name in names}))
+    run_with_flags(analyze, "run")
 
 
 if __name__ == "__main__":

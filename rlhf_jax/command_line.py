@@ -40,3 +40,15 @@ def run_command(
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run_with_flags(command: Callable[..., object], first: str) -> None:
+    """Runs a command whose keyword arguments are flags of the same names.
+
+    Args:
+      command: `command(<first>, *, ...)`.
+      first: the flag of its one argument by position.
+    """
+    value = lambda name: flags.FLAGS[name].value
+    named = lambda: {name: value(name) for name in command.__kwdefaults__}
+    run_command(lambda: command(value(first), **named()))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from rlhf_jax import progress
-from rlhf_jax.command_line import run_command
+from rlhf_jax.command_line import run_with_flags
 from rlhf_jax.data.dialogues import set_chat_template
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
@@ -110,9 +110,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command line."""
     _define_flags()
-    names = explore.__kwdefaults__
-    value = lambda name: flags.FLAGS[name].value
-    run_command(lambda: explore(value("data"), **{name: value(name) for name in names}))
+    run_with_flags(explore, "data")
 
 
 if __name__ == "__main__":

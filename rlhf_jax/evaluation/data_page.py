@@ -12,6 +12,7 @@ from rlhf_jax.evaluation.data_tables import Table, tables
 from rlhf_jax.evaluation.pages import escape
 
 STYLE = """
+h1, .place { overflow-wrap: anywhere; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 img { max-width: 100%; background: white; margin: .5rem 0; }
 .texts { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr);
@@ -19,6 +20,11 @@ img { max-width: 100%; background: white; margin: .5rem 0; }
 .chosen pre { border-left: 4px solid #2a9d4a; }
 .rejected pre { border-left: 4px solid #c9403a; }
 .name, .place { font-size: .8rem; opacity: .7; }
+@media (max-width: 40rem) {
+  table { display: block; overflow-x: auto; }
+  .tables > div { max-width: 100%; }
+  .texts { grid-auto-flow: row; }
+}
 """
 CAPTIONS = {
     "lengths": "How long the texts are",

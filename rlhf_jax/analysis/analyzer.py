@@ -77,7 +77,7 @@ class AlignmentAnalyzer:
         if not self.phases:
             raise UserError(
                 f"{self.workdir} has no phase to analyse yet: neither a checkpoint nor "
-                "responses were saved"
+                "responses were saved; of a pipeline give a stage, as its folder ppo"
             )
         self._console = progress.make_console()
         self._mesh, self._num_samples, self._seed = mesh, num_samples, seed
@@ -177,11 +177,10 @@ class AlignmentAnalyzer:
         """
         samples = list(self.evidence(phases, num_samples).samples.values())
         found = self._anomalies(samples, rate)
-        low = {(a.phase, a.sample_idx) for a in found if a.kind == "low_reward"}
+        single = [a for a in found if a.sample_idx is not None]
+        low = {(a.phase, a.sample_idx) for a in single if a.kind == "low_reward"}
         odd = {
-            (a.phase, a.sample_idx): a.text
-            for a in found
-            if a.sample_idx is not None and a.kind not in ("low_reward",)
+            (a.phase, a.sample_idx): a.text for a in single if a.kind != "low_reward"
         }
         wide = [a.phase for a in found if a.kind == "reward_variance"]
         if threshold is not None:
@@ -230,14 +229,13 @@ class AlignmentAnalyzer:
         Raises:
           UserError: one of the phases cannot be had.
         """
-        found = self.evidence([phase1, phase2], num_samples)
         for phase in (phase1, phase2):
-            if phase not in found.samples:
-                raise UserError(
-                    found.skipped.get(phase)
-                    or f"{self.workdir} has no phase {phase}; saved are "
-                    + _listed(self.phases)
-                )
+            if phase not in self.phases:
+                saved = _listed(self.phases)
+                raise UserError(f"{self.workdir} has no phase {phase}, only {saved}")
+        found = self.evidence([phase1, phase2], num_samples)
+        if found.skipped:
+            raise UserError("; ".join(found.skipped.values()))
         sides = [found.samples[phase] for phase in (phase1, phase2)]
         rewards = [side.scores["reward"].astype(np.float64) for side in sides]
         return {
@@ -361,9 +359,11 @@ class AlignmentAnalyzer:
         except UserError as error:
             if not set(said) & set(phases):
                 raise
-            self._say(f"{error}; so the saved responses are analysed")
             there = [phase for phase in phases if phase in said]
             found = from_files(self.workdir, there, count)
+            if not found.samples:
+                raise UserError(f"{error}, and {found.skipped[there[0]]}") from error
+            self._say(f"{error}; so the saved responses are analysed")
         else:
             most = len(subject.prompts["heldout"].texts)
             if count > most:  # answers to one prompt are no independent samples

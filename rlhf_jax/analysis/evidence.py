@@ -117,7 +117,7 @@ def from_files(
         samples = from_rows(phase, rows, count=num_samples)
         if samples is None or len(samples.prompts) < 2:
             found.skipped[phase] = (
-                f"{workdir} has fewer than 2 held-out responses of phase {phase}"
+                f"{workdir} has fewer than 2 scored held-out responses of phase {phase}"
             )
         else:
             found.samples[phase] = samples

@@ -40,10 +40,10 @@ def from_rows(
 ) -> PhaseSamples | None:
     """The first held-out responses of a phase, as `run_files.read_responses` has them.
 
-    None where the phase has none.
+    None where the phase has none, or they were not scored.
     """
     rows = [row for row in rows if row["split"] == "heldout"][:count]
-    if not rows:
+    if not rows or not {"reward", "finish"} <= set(rows[0]):
         return None
     names = [n for n in rows[0] if n.partition("/")[0] in ("reward", "judge")]
     return PhaseSamples(

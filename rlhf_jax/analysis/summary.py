@@ -9,10 +9,11 @@ from rlhf_jax.analysis.compared import measures
 from rlhf_jax.analysis.drift import token_kl
 from rlhf_jax.analysis.samples import PhaseSamples
 from rlhf_jax.analysis.signals import surprise
-from rlhf_jax.analysis.statistics import Trend, mean_interval, trend
+from rlhf_jax.analysis.statistics import Interval, Trend, mean_interval, trend
 from rlhf_jax.text_signals import distinct, near_copies, repeated_share
 
 QUANTILES = (5, 25, 50, 75, 95)
+SHARES = ("finished", "repeated", "near_copies")
 SHOWN = 5  # texts of each phase
 
 
@@ -55,7 +56,7 @@ def summarize(samples: PhaseSamples, *, seed: int = 0) -> dict[str, Any]:
             q: float(x) for q, x in zip(QUANTILES, np.percentile(reward, QUANTILES))
         },
         "means": {
-            name: mean_interval(values, seed=seed)
+            name: _bounded(name, mean_interval(values, seed=seed))
             for name, values in series(samples).items()
         },
         "distinct_1": distinct(samples.responses, 1),
@@ -67,6 +68,13 @@ def summarize(samples: PhaseSamples, *, seed: int = 0) -> dict[str, Any]:
             )
         ],
     }
+
+
+def _bounded(name: str, found: Interval) -> Interval:
+    """An interval of a share ends at 0 and 1."""
+    if name not in SHARES:
+        return found
+    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def trends(samples: Sequence[PhaseSamples], *, seed: int = 0) -> dict[str, Trend]:

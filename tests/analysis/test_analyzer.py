@@ -235,7 +235,7 @@ def test_a_run_without_a_phase(ppo_copy):
     message = complaint(AlignmentAnalyzer, ppo_copy)
     assert message == (
         f"{ppo_copy} has no phase to analyse yet: neither a checkpoint nor responses "
-        "were saved"
+        "were saved; of a pipeline give a stage, as its folder ppo"
     )
 
 
@@ -247,7 +247,7 @@ def test_a_phase_that_was_not_saved(ppo, analyzer, capsys):
         f"{ppo} has none of the phases 77, 78; saved are 0, 1, 2, 3"
     )
     message = complaint(analyzer.compare_phases, 0, 77, 16)
-    assert message == f"{ppo} has no phase 77; saved are 0, 1, 2, 3"
+    assert message == f"{ppo} has no phase 77, only 0, 1, 2, 3"
     message = complaint(analyzer.generate_responses_from_checkpoint, 77, 16)
     assert "no checkpoint of phase 77; saved phases: 0, 1, 2, 3" in message
 
@@ -308,8 +308,8 @@ def test_too_few_saved_responses(ppo_copy):
         run_files.write_responses(files, phase, rows[:1])
     message = complaint(analyze(ppo_copy).analyze_alignment_degradation)
     assert message == (
-        f"none of the phases 0, 1, 2, 3 of {ppo_copy} can be read: {ppo_copy} has "
-        "fewer than 2 held-out responses of phase 0"
+        f"no checkpoint is left, and {ppo_copy} has fewer than 2 scored held-out "
+        "responses of phase 0"
     )
 
 

@@ -200,6 +200,6 @@ def test_a_phase_with_too_few_held_out_responses(ppo_copy):
     found = from_files(ppo_copy, [1, 2, 3], 10)
     assert list(found.samples) == [1]
     assert found.skipped == {
-        phase: f"{ppo_copy} has fewer than 2 held-out responses of phase {phase}"
+        phase: f"{ppo_copy} has fewer than 2 scored held-out responses of phase {phase}"
         for phase in (2, 3)
     }

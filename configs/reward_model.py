@@ -18,9 +18,9 @@ Your own model and pairs (the columns are listed in `rlhf_jax.data.formats`) are
     --config.model=runs/sft --config.data.source=pairs.jsonl
 
 Expect 0.834 of the 1,195 held-out pairs told right (95 % interval 0.812 to 0.854) and a
-held-out loss of 0.42 nats, after some two minutes on two cores. A bag of words, fitted in
-the same run on the same pairs, gets 0.841 (0.819 to 0.861), and "shorter wins" 0.502;
-the mean of three such models, as in `configs/pipeline.py`, gets 0.843.
+held-out loss of 0.42 nats, after some two minutes on two cores. A bag of words, fitted
+in the same run on the same pairs, gets 0.841 (0.819 to 0.861), and "shorter wins"
+0.502; the mean of three such models, as in `configs/pipeline.py`, gets 0.843.
 
 `report/report.md` of the run shows what it gets wrong, and whether length or confidence
 mislead it. The loss is that of Ouyang et al. 2022, equation 1,

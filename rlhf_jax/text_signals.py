@@ -73,34 +73,19 @@ def repeats_itself(text: str) -> bool:
     return repeated_share(text, 3) > 0
 
 
-def compression_ratio(text: str) -> float:
-    """Bytes of the compressed text over those of the text in UTF-8, in 0..1.
-
-    It is the raw stream of zlib, without the six bytes of header and checksum and the
-    two that an empty text takes, and 1 at most. Still a short text compresses less than
-    a long one: film reviews cut to 40, 160, 640 bytes have 0.97, 0.74, 0.58. So compare
-    texts of like length, or many of them joined by line breaks, or take `copied_share`.
-    An empty text has 1.
-
-    References:
-      Shaib et al. 2024, section 2, https://arxiv.org/abs/2403.00553
-    """
-    data = _utf8(text)
-    return min(1.0, _deflated(data) / len(data)) if data else 1.0
-
-
 def copied_share(text: str) -> float:
     """What compression saves by copying earlier strings, a share of the bytes in 0..1.
 
         1 − deflate(text) / huffman(text), the mean over windows of 256 bytes
 
-    The same compressor, with copies and with the frequencies of letters alone. It is
-    `compression_ratio` corrected for length: film reviews cut to 40, 160, 640 bytes
+    The same compressor, with copies and with the frequencies of letters alone. Unlike
+    the plain ratio it hardly goes with length: film reviews cut to 40, 160, 640 bytes
     have 0.03, 0.01, 0.01 and one in a hundred above 0.2, 0.07, 0.06; a loop of five
     words 0.4, 0.7, 0.8. An empty text has 0. What comes again after more than a window
     is not seen, so see `repeated_share` too.
 
     References:
+      Shaib et al. 2024, section 2 (the plain ratio), https://arxiv.org/abs/2403.00553
       RFC 1951, https://www.rfc-editor.org/rfc/rfc1951
     """
     data = _utf8(text)

@@ -1,7 +1,6 @@
 """Numbers of texts, by hand and beside plain loops."""
 
 import itertools
-import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from rlhf_jax import text_signals
 from rlhf_jax.text_signals import (
     character_shares,
-    compression_ratio,
     copied_share,
     distinct,
     distinct_pairs,
@@ -73,20 +71,6 @@ def test_shares_of_distinct_add_up():
     assert shares[4] == shares[5] == 1.0
     # "good good" comes three times and nothing else twice but "one two"
     np.testing.assert_allclose(distinct_shares(TEXTS), [1, 1 / 3, 2 / 3, 1])
-
-
-def test_compression_is_that_of_zlib():
-    text = prose(3000)
-    whole = len(zlib.compress(text.encode(), 9))
-    assert compression_ratio(text) == pytest.approx((whole - 8) / 3000, abs=1e-3)
-    assert compression_ratio("ab" * 500) < 0.02
-    assert compression_ratio("x") == compression_ratio("") == 1.0
-
-
-def test_compression_of_a_batch_sees_what_texts_share():
-    apart = [compression_ratio(prose(400)[k : k + 40]) for k in range(0, 400, 40)]
-    same = compression_ratio("\n".join([prose(40)] * 10))
-    assert same < 0.3 * np.mean(apart)
 
 
 @pytest.mark.parametrize("characters", [60, 120, 400, 3000])
@@ -153,7 +137,6 @@ def test_texts_of_one_script(text, script):
 def test_texts_without_words_have_numbers(text):
     assert repeated_share(text) == copied_share(text) == 0
     assert not repeats_itself(text)
-    assert 0 <= compression_ratio(text) <= 1
     assert sum(script_shares(text)) == 0
     assert all(0 <= share <= 1 for share in character_shares(text))
     assert near_copies([text] * 2).max() in (0, 1)
@@ -170,7 +153,7 @@ def test_shares_are_shares(seed):
     rng = np.random.default_rng(seed)
     codes = rng.choice([32, 10, 46, 65, 97, 233, 1076, 24456], rng.integers(1, 600))
     text = "".join(map(chr, codes))
-    one_a_text = (repeated_share, copied_share, compression_ratio)
+    one_a_text = (repeated_share, copied_share)
     numbers = [measure(text) for measure in one_a_text]
     numbers += [*character_shares(text), *script_shares(text)]
     assert all(0 <= number <= 1 for number in numbers)

@@ -1,8 +1,10 @@
-"""Every test runs on eight virtual CPU devices, with JAX's strict checks on."""
+"""Every test runs on eight virtual CPU devices, with JAX's strict checks on.
+
+`JAX_PLATFORMS=cuda pytest tests/models tests/rollout` runs those on a GPU."""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

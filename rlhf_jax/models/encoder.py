@@ -31,8 +31,9 @@ from flax import linen as nn
 from jax import lax
 
 from rlhf_jax import sharding
+from rlhf_jax.models.attention import Context
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.layers import MLP, Attention, Context, Linear, Norm
+from rlhf_jax.models.layers import MLP, Attention, Linear, Norm
 
 Params = Any  # the tree above
 HEAD_ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}

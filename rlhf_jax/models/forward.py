@@ -11,8 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import sharding
+from rlhf_jax.models.attention import Context, causal
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.layers import Block, Context, Norm, dropout, rotary_frequencies
+from rlhf_jax.models.layers import (
+    MATMUL,
+    Block,
+    Norm,
+    dropout,
+    rotary_frequencies,
+)
+
+_KEPT = {"": (), "matmuls": (MATMUL,)}
 
 
 def final_norm(config: TransformerConfig) -> Norm:
@@ -22,9 +31,8 @@ def final_norm(config: TransformerConfig) -> Norm:
 
 def _allowed(segments):
     """[B, T, T] bool: causal and inside a segment; padding sees only padding."""
-    T = segments.shape[1]
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    return causal & (segments[:, :, None] == segments[:, None, :])
+    same = segments[:, :, None] == segments[:, None, :]
+    return causal(segments.shape[1]) & same
 
 
 def _count(allowed):
@@ -35,9 +43,10 @@ def _count(allowed):
 def make_context(
     config: TransformerConfig,
     positions: jax.Array,
-    allowed: jax.Array,
+    allowed: jax.Array | None,
     *,
     sliding: bool,
+    segments: jax.Array | None = None,
     key_positions: jax.Array | None = None,
 ) -> Context:
     """The Context of one kind of layer.
@@ -45,21 +54,24 @@ def make_context(
     Args:
         config: the model's shape.
         positions: [B, T] int32, of the queries.
-        allowed: [B, T, S] bool, before the window.
+        allowed: [B, T, S] bool, before the window; None: all that came before.
         sliding: whether the window narrows it.
+        segments: [B, T] int32, if they say as much as `allowed`.
         key_positions: [B, S] int32; None for those of the queries.
     """
     if key_positions is None:
         key_positions = positions
     if sliding:
+        segments = None
+        allowed = causal(positions.shape[1]) if allowed is None else allowed
         distance = positions[:, :, None] - key_positions[:, None, :]
         allowed = allowed & (distance < config.sliding_window)
     if config.positions != "rope":
-        return Context(None, None, allowed)
+        return Context(None, None, allowed, segments)
     local = sliding and config.rope_local_theta is not None
     frequencies = rotary_frequencies(config, local=local)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return Context(jnp.cos(angles), jnp.sin(angles), allowed)
+    return Context(jnp.cos(angles), jnp.sin(angles), allowed, segments)
 
 
 def embed(
@@ -102,10 +114,11 @@ def run_layers(
     dtype: jnp.dtype,
     params: Any,
     tokens: jax.Array,
-    segments: jax.Array,
+    segments: jax.Array | None,
     positions: jax.Array | None = None,
     *,
     remat: bool = False,
+    remat_keeps: str = "",
     dropout_key: jax.Array | None = None,
     keep_cache: bool = False,
     keep_states: bool = False,
@@ -117,9 +130,10 @@ def run_layers(
         dtype: compute dtype.
         params: the tree of `transformer`.
         tokens: [B, T] int.
-        segments: [B, T] int32, 0 is padding.
+        segments: [B, T] int32, 0 is padding; None: one segment a row, from its start.
         positions: [B, T] int32, or None to count within each segment.
         remat: recompute layers in the backward pass.
+        remat_keeps: what of them is not recomputed: "" or "matmuls".
         dropout_key: a typed PRNG key switches dropout and NEFTune's noise on.
         keep_cache: whether keys and values are wanted.
         keep_states: whether each layer's result is wanted, in place of those.
@@ -129,19 +143,28 @@ def run_layers(
         (keys, values), each [L, B, K, T, h], or with `keep_states` the residual stream
         after each layer [L, B, T, D].
     """
-    allowed = _allowed(segments)
-    if positions is None:
+    allowed = None if segments is None else _allowed(segments)
+    if positions is None and allowed is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    elif positions is None:
         positions = _count(allowed)
     x = embed(config, dtype, params, tokens, positions)
     if dropout_key is not None:
         embed_key = jax.random.fold_in(dropout_key, config.num_layers)
         x = dropout(x, config.dropout, embed_key)
         if config.neftune_alpha:
-            x = x + embedding_noise(config, segments, x, embed_key)
+            whole = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+            x = x + embedding_noise(config, whole, x, embed_key)
     x = sharding.constrain(x, sharding.BATCH, None, None)
+    kinds = set(config.slides)
+    if len(kinds) > 1:  # chosen between in the scan, so both are written out
+        allowed = causal(tokens.shape[1]) if allowed is None else allowed
+        segments = None
     contexts = {
-        slides: make_context(config, positions, allowed, sliding=slides)
-        for slides in set(config.slides)
+        slides: make_context(
+            config, positions, allowed, sliding=slides, segments=segments
+        )
+        for slides in kinds
     }
 
     def run_layer(x, per_layer):
@@ -160,7 +183,8 @@ def run_layers(
         return x, kept if keep_cache else None
 
     if remat:
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat_keeps])
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=kept)
     layers = jnp.arange(config.num_layers)
     per_layer = (params["layers"], layers, jnp.array(config.slides))
     x, kept = lax.scan(run_layer, x, per_layer)

@@ -6,21 +6,22 @@ H query heads, K key-value heads, G = H/K query heads that share one, h head wid
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from rlhf_jax.models import cache
+from rlhf_jax.models.attention import Context, attend, attend_fused, fused_kind
 from rlhf_jax.models.config import TransformerConfig
-
-# Finite, so that a row with nothing to attend to (padding) averages instead of
-# turning into nan.
-MASKED_SCORE = -1e30
 
 # All linear layers of a block; an adapter may be on any of them.
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+
+# What recomputed layers may keep: the results of linear layers and of attention.
+MATMUL = "matmul"
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -28,20 +29,6 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "relu": nn.relu,
 }
-
-
-class Context(NamedTuple):
-    """What attention needs to know about the places of the tokens.
-
-    Attributes:
-        cos: [B, T, R/2] float32, R the rotated channels of a head; None without rope.
-        sin: [B, T, R/2] float32; None without rope.
-        allowed: [B, T, S] bool, whether query t may look at key s.
-    """
-
-    cos: jax.Array | None
-    sin: jax.Array | None
-    allowed: jax.Array
 
 
 def rotary_frequencies(config: TransformerConfig, *, local: bool) -> jax.Array:
@@ -194,7 +181,7 @@ class Linear(nn.Module):
             inner = dot(dropped, self.get_variable("params", "lora_a")).astype(x.dtype)
             update = dot(inner, self.get_variable("params", "lora_b"))
             y = y + self.config.lora_scale * update
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), MATMUL)
 
 
 class Norm(nn.Module):
@@ -220,41 +207,6 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    allowed: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """softmax(mask(cap(scale · q·k))) v, for grouped query heads.
-
-    Args:
-        query: [B, K, G, T, h].
-        key: [B, K, S, h].
-        value: [B, K, S, h].
-        allowed: [B, T, S] bool.
-        scale: factor on the scores.
-        softcap: c in c·tanh(score/c), or None.
-
-    Returns:
-        [B, K, G, T, h] in the query's dtype; the softmax is in float32.
-    """
-    scores = scale * jnp.einsum(
-        "bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32
-    )
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum(
-        "bkgts,bksh->bkgth", weights, value, preferred_element_type=jnp.float32
-    )
-    return mixed.astype(query.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped heads, over this call's tokens or a cache."""
 
@@ -267,8 +219,8 @@ class Attention(nn.Module):
         Args:
             x: [B, T, D].
             context: where the tokens are and who may see whom.
-            cached: (key, value), each [B, K, S, h], to be written at `slot` and
-                attended to; None attends to this call's tokens.
+            cached: (key, value) of a `Cache`, to be written at `slot` and attended to;
+                None attends to this call's tokens.
             slot: int, where in the cache this call's tokens go.
             dropout_key: of an adapter's dropout.
 
@@ -292,20 +244,32 @@ class Attention(nn.Module):
         if context.cos is not None:
             query = rotate(query, context.cos, context.sin)
             key = rotate(key, context.cos, context.sin)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        if cached is not None:
-            write = lax.dynamic_update_slice_in_dim
-            key = write(cached[0], key, slot, axis=2)
-            value = write(cached[1], value, slot, axis=2)
-        scale = h**-0.5 if c.query_scale is None else c.query_scale
-        query = query.swapaxes(1, 2).reshape(B, K, c.num_heads // K, T, h)
-        softcap = c.attention_softcap
-        mixed = attend(query, key, value, context.allowed, scale=scale, softcap=softcap)
-        mixed = mixed.reshape(B, c.num_heads, T, h).swapaxes(1, 2)
-        mixed = mixed.reshape(B, T, c.num_heads * h)
+        settings = {
+            "scale": h**-0.5 if c.query_scale is None else c.query_scale,
+            "softcap": c.attention_softcap,
+        }
+        fused = cached is None and fused_kind(
+            query, context, c.attention_softcap, jax.default_backend()
+        )
+        kept = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if fused:
+            mixed = attend_fused(
+                *(fused, query, key, value, context), scale=settings["scale"]
+            )
+        else:
+            if cached is not None:
+                kept = tuple(cache.write(*pair, slot) for pair in zip(cached, kept))
+                key, settings["key_scale"] = cache.read(kept[0], x.dtype)
+                value, settings["value_scale"] = cache.read(kept[1], x.dtype)
+            else:
+                key, value = kept
+            query = query.swapaxes(1, 2).reshape(B, K, c.num_heads // K, T, h)
+            mixed = attend(query, key, value, context.allowed, **settings)
+            mixed = mixed.reshape(B, c.num_heads, T, h).swapaxes(1, 2)
+        mixed = checkpoint_name(mixed.reshape(B, T, c.num_heads * h), MATMUL)
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
         out = Linear(c.d_model, c.attention_out_bias, out_std, c, name="out")
-        return out(mixed, fold(dropout_key, "out")), (key, value)
+        return out(mixed, fold(dropout_key, "out")), kept
 
 
 class MLP(nn.Module):

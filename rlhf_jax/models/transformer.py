@@ -26,27 +26,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rlhf_jax.models import cache as caches
+from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.forward import embed, final_norm, make_context, run_layers
 from rlhf_jax.models.layers import Block, along_last, dot
 
 Params = Any  # the tree above
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; every leaf has B as its first axis.
-
-    Attributes:
-        layers: per layer a (key, value) pair of [B, K, S, h] arrays in compute dtype.
-        valid: [B, S] bool, slots that hold a real token.
-        positions: [B, S] int32, the position of the token in each slot.
-        lengths: [B] int32, real tokens so far = the position of the next one.
-    """
-
-    layers: tuple[tuple[jax.Array, jax.Array], ...]
-    valid: jax.Array
-    positions: jax.Array
-    lengths: jax.Array
 
 
 class Model(NamedTuple):
@@ -66,7 +52,11 @@ class Model(NamedTuple):
 
 
 def make_model(
-    config: TransformerConfig, *, dtype: str = "float32", remat: bool = False
+    config: TransformerConfig,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    remat_keeps: str = "",
 ) -> Model:
     """Bind a configuration to pure functions.
 
@@ -75,13 +65,16 @@ def make_model(
         dtype: what matmuls and the residual stream are computed in; sums, norms and
             softmax are float32 always.
         remat: recompute each layer in the backward pass instead of storing it.
+        remat_keeps: "matmuls" stores their results all the same: that takes more
+            memory, and on accelerators less time.
 
     Returns:
         A Model:
         - `init(key, *, head=False) -> params`.
         - `apply(params, tokens, mask, *, positions=None, dropout_key=None)
           -> hidden [B, T, D]`.
-        - `prefill(params, tokens, mask, *, cache_length) -> (hidden, Cache)`.
+        - `prefill(params, tokens, mask, *, cache_length, cache_dtype="")
+          -> (hidden, Cache)`.
         - `unstack(params) -> params` whose layers are a tuple, for `decode`.
         - `decode(unstacked, token, cache, slot) -> (hidden [B, D], Cache)`.
         - `unembed(params, hidden [..., D]) -> logits [..., V]` float32.
@@ -94,7 +87,7 @@ def make_model(
     return Model(
         config,
         functools.partial(init, config),
-        functools.partial(apply, config, dtype, remat),
+        functools.partial(apply, config, dtype, remat, remat_keeps),
         functools.partial(prefill, config, dtype),
         functools.partial(decode, config, dtype),
         functools.partial(unstack, config, dtype),
@@ -155,9 +148,10 @@ def apply(
     config: TransformerConfig,
     dtype: jnp.dtype,
     remat: bool,
+    remat_keeps: str,
     params: Params,
     tokens: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     *,
     positions: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
@@ -168,10 +162,12 @@ def apply(
         config: the model's shape.
         dtype: compute dtype.
         remat: recompute layers in the backward pass.
+        remat_keeps: what of them is stored.
         params: the tree above.
         tokens: [B, T] int; what stands under the mask does not matter.
         mask: [B, T] bool or int: 0 is padding, positive integers name the segment of
-            a packed row, and attention stays inside a segment.
+            a packed row, and attention stays inside a segment. None where every row
+            is one text from its first token on, and what follows it does not matter.
         positions: [B, T] int, or None to count the real tokens of each segment, which
             makes left- and right-padded rows agree.
         dropout_key: a typed PRNG key switches `config.dropout` and `neftune_alpha` on.
@@ -184,9 +180,10 @@ def apply(
         dtype,
         params,
         tokens,
-        mask.astype(jnp.int32),
+        None if mask is None else mask.astype(jnp.int32),
         positions,
         remat=remat,
+        remat_keeps=remat_keeps,
         dropout_key=dropout_key,
     )
     return hidden
@@ -213,34 +210,34 @@ def prefill(
     mask: jax.Array,
     *,
     cache_length: int,
+    cache_dtype: str = "",
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of the prompts, and a cache that holds them.
 
     Args:
         config: the model's shape.
-        dtype: compute dtype, also of the cache.
+        dtype: compute dtype.
         params: the tree above, stacked.
         tokens: [B, T] int, left-padded: the next token of every row goes to slot T.
         mask: [B, T] bool.
         cache_length: S, prompt slots and all those to come.
+        cache_dtype: of the cache, one of `cache.CACHE_DTYPES`; "": compute dtype.
 
     Returns:
         [B, T, D], and the Cache.
     """
-    T = tokens.shape[1]
     mask = mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, (keys, values) = run_layers(
         config, dtype, params, tokens, mask, positions, keep_cache=True
     )
-    room = [(0, 0), (0, 0), (0, cache_length - T), (0, 0)]
-    layers = tuple(
-        (jnp.pad(keys[layer], room), jnp.pad(values[layer], room))
+    encode = lambda x: caches.encode(x, cache_dtype or dtype)
+    kept = [
+        (encode(keys[layer]), encode(values[layer]))
         for layer in range(config.num_layers)
-    )
-    room = [(0, 0), (0, cache_length - T)]
-    valid = jnp.pad(mask.astype(bool), room)
-    return hidden, Cache(layers, valid, jnp.pad(positions, room), mask.sum(1))
+    ]
+    cache = Cache(tuple(kept), mask.astype(bool), positions, mask.sum(1))
+    return hidden, caches.lay_out(caches.extend(cache, cache_length))
 
 
 def unstack(config: TransformerConfig, dtype: jnp.dtype, params: Params) -> Params:

@@ -1,6 +1,7 @@
 """What a model says of given responses: their log-probabilities, for any trainer.
 
-Dimension key: B rows, P prompt tokens, N response tokens, D model width.
+Dimension key: B rows, P prompt tokens, N response tokens, D model width; R rows of C
+states where the transcripts are packed, else B of N.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from rlhf_jax import sharding
 from rlhf_jax.losses.logprobs import token_logprobs
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.rollout import packing
+from rlhf_jax.rollout.packing import Layout
 
 
 class Transcript(NamedTuple):
@@ -21,12 +24,14 @@ class Transcript(NamedTuple):
       prompt_mask: [B, P] bool.
       responses: [B, N] int32, right-padded.
       mask: [B, N] bool, true on response tokens, EOS included.
+      layout: how a forward pass packs them; None for one to a row.
     """
 
     prompts: jax.Array
     prompt_mask: jax.Array
     responses: jax.Array
     mask: jax.Array
+    layout: Layout | None = None
 
 
 class Scored(NamedTuple):
@@ -35,7 +40,7 @@ class Scored(NamedTuple):
     Attributes:
       logprobs: [B, N] float32, at the sampler's temperature; 0 under the mask.
       entropy: [B, N] float32, in nats; 0 under the mask.
-      hidden: [B, N, D], the states from which each response token was predicted.
+      hidden: [R, C, D], the states from which response tokens were predicted.
     """
 
     logprobs: jax.Array
@@ -44,9 +49,12 @@ class Scored(NamedTuple):
 
 
 def response_hidden(model: Model, params: Any, transcript: Transcript) -> jax.Array:
-    """Hidden states [B, N, D] from which each response token is predicted."""
-    prompts, prompt_mask, responses, mask = transcript
+    """Hidden states [R, C, D] from which each response token is predicted."""
+    prompts, prompt_mask, responses, mask, layout = transcript
     tokens = jnp.concatenate([prompts, responses], axis=1)
+    if layout is not None:
+        packed = packing.gather(layout, tokens)
+        return packing.states(layout, model.apply(params, packed, layout.segments))
     attended = jnp.concatenate([prompt_mask, mask], axis=1)
     hidden = model.apply(params, tokens, attended)
     return hidden[:, prompts.shape[1] - 1 : -1]
@@ -69,15 +77,19 @@ def score_responses(
       temperature: the sampler's, so that sampler and learner speak of one policy.
       chunk_size: see `losses.token_logprobs`.
     """
+    layout, mask = transcript.layout, transcript.mask
     hidden = response_hidden(model, params, transcript)
+    said = transcript.responses, mask
+    if layout is not None:
+        said = packing.targets(layout, transcript.responses)
     logprobs, entropy = token_logprobs(
         hidden,
         model.unembedding(params),
-        transcript.responses,
-        transcript.mask,
+        *said,
         temperature=temperature,
         chunk_size=chunk_size,
         logit_softcap=model.config.logit_softcap,
         batch_shards=sharding.batch_shards(),
     )
-    return Scored(logprobs, entropy, hidden)
+    spread = lambda values: packing.spread(layout, values, mask)
+    return Scored(spread(logprobs), spread(entropy), hidden)

@@ -66,7 +66,7 @@ def make_sampler(
       tokenizer: the policy's tokenizer.
       mesh: where the arrays live.
       prompt_tokens: P, every prompt is padded to it; a longer one is an error.
-      **settings: `max_new_tokens`, `temperature`, `top_k`, `top_p`.
+      **settings: the other fields of `Sampling`.
 
     Returns:
       The sampler. Response i of a batch draws from `key` and `index[i]` alone.
@@ -104,13 +104,13 @@ def sampler_of(
     rollout: ConfigDict, model: Model, tokenizer: Any, mesh: Mesh
 ) -> Sampler:
     """The sampler that a config's `rollout` asks for."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    found = set(Sampling._fields) - {"eos_id", "pad_id"}
     return make_sampler(
         model,
         tokenizer,
         mesh,
         prompt_tokens=rollout.prompt_tokens,
-        **{name: rollout[name] for name in names},
+        **{name: rollout[name] for name in sorted(found)},
     )
 
 

@@ -1,17 +1,20 @@
-"""From logits to a token: temperature, top-k, top-p, and one uniform number a row.
+"""From logits to a token: temperature, truncation, and a few random numbers a row.
 
-Nothing here sorts the vocabulary: truncation finds its threshold by bisection, and
-the draw inverts the cumulative distribution in two levels. Both are many times
-cheaper than a full sort or a Gumbel draw over the vocabulary on a CPU.
+Nothing here sorts the vocabulary: truncation finds its threshold by bisection, and a
+draw picks a block of tokens, then a token of it. Both are many times cheaper than a
+full sort or a random number for each token of the vocabulary on a CPU.
 
 Dimension key: B rows, V vocabulary, K = `BLOCK` tokens of one block.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-BLOCK = 128
-BISECTIONS = 32
+BLOCK = 256
+TINY = 2.0**-126
 
 
 def sample_keys(root: jax.Array, index: jax.Array) -> jax.Array:
@@ -28,73 +31,92 @@ def sample_keys(root: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def uniforms(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The uniform number in [0, 1) that each row uses at decoding step `step`, [B]."""
-    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, step))
-    return jax.vmap(draw)(keys)
+    """The numbers in [0, 1) that draw token `step` [B] of each row: [B, 1 + K]."""
+
+    def draw(key, step):
+        return jax.random.uniform(jax.random.fold_in(key, step), 1 + BLOCK)
+
+    return jax.vmap(draw)(keys, step)
 
 
 def truncation_threshold(
-    logits: jax.Array, weights: jax.Array, target: jax.Array
+    values: jax.Array,
+    weights: jax.Array,
+    target: jax.Array,
+    low: float = -math.inf,
+    high: float = math.inf,
 ) -> jax.Array:
     """The largest threshold whose tokens still weigh `target`.
 
-    τ = max{ τ : Σ_v w_v · 1[logit_v ≥ τ] ≥ target }. Ties at the threshold are all
-    kept. The bisection is over the bits of a float32, of which there are 32: it is
-    exact, however far apart the logits lie.
+    τ = max{ τ : Σ_v w_v · 1[x_v ≥ τ] ≥ target }. Ties at the threshold are all kept.
+    The bisection is over the bits of a float32, so it is exact, however far apart the
+    values lie.
 
     Args:
-      logits: [B, V] float32, finite or -inf.
-      weights: [B, V] float32, non-negative: 1 for top-k, the probability for top-p.
+      values: [B, V] float32, what is compared with the threshold; finite or -inf.
+      weights: [B, V] float32, non-negative.
       target: [B] float32, at most the sum of the weights.
+      low: what τ cannot lie under.
+      high: what no value lies above.
 
     Returns:
       [B] float32.
     """
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)
-        enough = mass(middle) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
     def mass(threshold):
-        above = logits >= _from_ordered(threshold)[:, None]
+        above = values >= _from_ordered(threshold)[:, None]
         return jnp.sum(jnp.where(above, weights, 0.0), axis=-1)
 
-    bounds = (
-        _to_ordered(jnp.min(logits, axis=-1)),
-        _to_ordered(jnp.max(logits, axis=-1)),
-    )
-    low, high = jax.lax.fori_loop(0, BISECTIONS, halve, bounds)
-    # The upper bound itself is never probed: one token may weigh enough alone.
-    return _from_ordered(jnp.where(mass(high) >= target, high, low))
+    def narrow(_, bounds):
+        low, high = bounds
+        probes = _between(low, high, levels)
+        enough = [mass(probe) >= target for probe in probes]
+        for probe, over in zip(probes, enough):
+            low = jnp.where(over, probe, low)
+        for probe, over in zip(probes[::-1], enough[::-1]):
+            high = jnp.where(over, high, probe)
+        return low, high
+
+    # A pass over the vocabulary costs an accelerator more than what is done in it.
+    levels = 1 if jax.default_backend() == "cpu" else 3
+    ends = np.float32([low, high]).view(np.int32)
+    ends = np.where(ends < 0, ends ^ np.int32(0x7FFFFFFF), ends)
+    passes = -(-int(int(ends[1]) - int(ends[0])).bit_length() // levels)
+    bounds = tuple(jnp.full(target.shape, end) for end in ends)
+    found, _ = jax.lax.fori_loop(0, passes, narrow, bounds)
+    return _from_ordered(found)
 
 
-def _to_ordered(x: jax.Array) -> jax.Array:
-    """float32 to int32 in the same order: neighbours differ by one."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+def _between(low: jax.Array, high: jax.Array, levels: int) -> list[jax.Array]:
+    """The points that so many levels of halving would probe, in order."""
+    if levels == 0:
+        return []
+    middle = (low & high) + ((low ^ high) >> 1)
+    below, above = _between(low, middle, levels - 1), _between(middle, high, levels - 1)
+    return [*below, middle, *above]
 
 
 def _from_ordered(n: jax.Array) -> jax.Array:
-    """The inverse of `_to_ordered`."""
+    """float32 from an int32 in the same order: neighbours differ by one."""
     bits = jnp.where(n < 0, n ^ jnp.int32(0x7FFFFFFF), n)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-    """Sets the logits outside the top k, then outside the nucleus p, to -inf.
+def truncate(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.Array:
+    """Sets the logits outside the top k, then the nucleus p, then min-p, to -inf.
 
     Args:
       logits: [B, V] float32, after the temperature.
       top_k: how many tokens to keep; 0 keeps all.
       top_p: smallest set of likeliest tokens with this probability; 1.0 keeps all.
+      min_p: keeps those at least this fraction as likely as the likeliest; 0.0 all.
 
     Returns:
       [B, V] float32.
 
     References:
-      Holtzman et al. 2019, section 3.1, https://arxiv.org/abs/1904.09751
+      Nucleus: Holtzman et al. 2019, section 3.1, https://arxiv.org/abs/1904.09751
+      min-p: Nguyen et al. 2024, section 3, https://arxiv.org/abs/2407.01082
     """
     keep = jnp.ones_like(logits, bool)
     if 0 < top_k < logits.shape[-1]:
@@ -102,25 +124,64 @@ def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
         threshold = truncation_threshold(logits, jnp.ones_like(logits), count)
         keep = logits >= threshold[:, None]
     if top_p < 1.0:
-        probs = jnp.where(keep, jax.nn.softmax(logits, axis=-1), 0.0)
-        mass = top_p * jnp.sum(probs, axis=-1)
-        threshold = truncation_threshold(logits, probs, mass)
-        keep &= logits >= threshold[:, None]
+        probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
+        target = jnp.full(logits.shape[:1], top_p)
+        # All tokens below an even share of the rest weigh less than the rest.
+        low = 0.5 * (1.0 - top_p) / logits.shape[-1]
+        threshold = truncation_threshold(probs, probs, target, low, high=1.0)
+        keep &= probs >= threshold[:, None]
+    if min_p > 0.0:
+        keep &= logits >= logits.max(axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose cumulative weight exceeds `uniform` of the total.
+def tokens_in(tokens: jax.Array, mask: jax.Array, vocab_size: int) -> jax.Array:
+    """Which of the vocabulary's tokens each row has: [B, T] -> [B, V] bool."""
+    of_row = lambda t, m: jnp.zeros(vocab_size, bool).at[t].max(m, mode="drop")
+    return jax.vmap(of_row)(tokens, mask)
 
-    Sums blocks of K tokens, finds the block, then the token inside it: one pass over
-    the vocabulary instead of a cumulative sum over all of it.
+
+def add_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    """`tokens_in` with one more token [B] in each row; None stays None."""
+    if seen is None:
+        return None
+    return jax.vmap(lambda row, t: row.at[t].set(True))(seen, token)
+
+
+def penalize(logits: jax.Array, seen: jax.Array | None, penalty: float) -> jax.Array:
+    """Logits of tokens seen before, less likely: l/θ where positive, else l·θ.
+
+    Args:
+      logits: [B, V] float32, before the temperature.
+      seen: [B, V] bool, tokens of the prompt and the response so far; None if θ = 1.
+      penalty: θ, above 1 against repetition.
+
+    References:
+      Keskar et al. 2019, section 4.1, https://arxiv.org/abs/1909.05858
+    """
+    if seen is None:
+        return logits
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, penalized, logits)
+
+
+def draw_token(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Draws from a distribution given by weights: a block of tokens, then a token.
+
+    The block is where the cumulative weight exceeds the first number's share of the
+    total. In it argmax_v w_v / e_v has the distribution of the weights, the e_v being
+    exponential. By the cumulative weight alone, a rounding error would change a token
+    of probability p about 1/p times as often, which is felt where many are likely.
 
     Args:
       weights: [B, V] float32, non-negative, some positive in each row.
-      uniform: [B] float32 in [0, 1).
+      uniform: [B, 1 + K] float32 in [0, 1).
 
     Returns:
       [B] int32; never a token of weight zero.
+
+    References:
+      Efraimidis & Spirakis 2006, weighted random sampling, algorithm A, for one item.
     """
     B, V = weights.shape
     blocks = -(-V // BLOCK)
@@ -128,14 +189,12 @@ def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     padded = padded.reshape(B, blocks, BLOCK)
     sums = jnp.sum(padded, axis=-1)
     cumulative = jnp.cumsum(sums, axis=-1)
-    target = uniform * cumulative[:, -1]
-    block = _first_over(cumulative, sums, target)
+    block = _first_over(cumulative, sums, uniform[:, 0] * cumulative[:, -1])
 
     inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    before = jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)
-    before = jnp.where(block[:, None] > 0, before, 0.0)
-    offset = _first_over(before + jnp.cumsum(inside, axis=-1), inside, target)
-    return (block * BLOCK + offset).astype(jnp.int32)
+    exponential = jnp.maximum(-jnp.log1p(-uniform[:, 1:]), TINY)
+    race = jnp.where(inside > 0, inside / exponential, -1.0)
+    return (block * BLOCK + jnp.argmax(race, axis=-1)).astype(jnp.int32)
 
 
 def _first_over(
@@ -159,15 +218,17 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_p: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token a row.
 
     Args:
       logits: [B, V] float32.
-      uniform: [B] float32 in [0, 1), the row's randomness; unused when greedy.
+      uniform: [B, 1 + K] float32 in [0, 1), see `uniforms`; unused when greedy.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: how many tokens to keep; 0 keeps all.
       top_p: nucleus probability; 1.0 keeps all.
+      min_p: least probability, as a fraction of the likeliest's; 0.0 keeps all.
 
     Returns:
       tokens [B] int32, and their log-probabilities [B] float32 under the distribution
@@ -178,7 +239,7 @@ def sample(
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
     else:
-        kept = truncate(logits / temperature, top_k=top_k, top_p=top_p)
+        kept = truncate(logits / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         logprobs = jax.nn.log_softmax(kept, axis=-1)
-        tokens = invert_cdf(jnp.exp(logprobs), uniform)
+        tokens = draw_token(jnp.exp(logprobs), uniform)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]

@@ -115,7 +115,7 @@ def test_decoding_stops_when_every_row_is_done(llama, free, ended):
     alone = respond(counting, settings, rows=[0])
     jax.effects_barrier()
     assert alone.mask.sum() == 3
-    assert len(decoded) == 3  # the third finds out that row 0 is done
+    assert len(decoded) == 2  # the first token needs none
     # In the whole batch, where other rows go on to the end, it is the same.
     assert ended.mask.all(1).any()
     for got, want in zip(alone, ended):
@@ -201,3 +201,100 @@ def test_a_group_is_its_prompt_asked_again(llama):
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
     of_first = {tuple(row) for row in np.asarray(got.tokens[:group]).tolist()}
     assert len(of_first) > 1
+
+
+# Fewer slots than requests: those whose response has ended take the next one.
+
+
+@pytest.mark.parametrize("settings", [WARM, NUCLEUS], ids=["warm", "nucleus"])
+@pytest.mark.parametrize("slots", [1, 3, 7])
+def test_fewer_slots_are_the_same(llama, slots, settings):
+    refilled = respond(llama, settings._replace(slots=slots))
+    assert_same(refilled, respond(llama, settings))
+
+
+def test_refilling_decodes_less(llama):
+    """Two slots: row by row the steps add up to half of all tokens, and a tail."""
+    decoded = []
+
+    def decode(*args):
+        jax.debug.callback(lambda: decoded.append(1))
+        return llama.model.decode(*args)
+
+    counting = llama._replace(model=llama.model._replace(decode=decode))
+    lengths = respond(counting, WARM._replace(slots=2)).mask.sum(1)
+    jax.effects_barrier()
+    # Each response of n tokens needs n - 1 steps of one slot.
+    assert -(-(lengths - 1).sum() // 2) <= len(decoded)
+    assert len(decoded) <= (lengths - 1).sum() // 2 + lengths.max() - 1
+    pairs = lengths.reshape(-1, 2).max(axis=1) - 1
+    assert len(decoded) < pairs.sum()
+
+
+def test_slots_of_groups_on_eight_devices(llama):
+    """Four queues of six requests and three slots each, heads over `tensor`."""
+    group, rows = 3, len(llama.prompts)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    index = np.arange(group * rows, dtype=np.int32)
+    settings = WARM._replace(slots=12)
+    keys = sample_keys(jax.random.key(3), jnp.asarray(index))
+    want = draw(
+        llama.model, llama.params, llama.prompts, llama.prompt_mask, keys, settings
+    )
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda x, at: sharding.to_devices(np.asarray(x), at),
+            llama.params,
+            sharding.param_shardings(llama.params, mesh),
+        )
+        prompts, mask, index = sharding.to_devices(
+            (llama.prompts, llama.prompt_mask, index), sharding.rows(mesh)
+        )
+        keys = sample_keys(jax.random.key(3), index)
+        got = draw(llama.model, params, prompts, mask, keys, settings)
+    assert_same(jax.device_get(got), jax.device_get(want))
+
+
+def test_a_response_of_one_token_frees_its_slot(llama, free):
+    """EOS as the first token of row 0, and room for one token only."""
+    settings = GREEDY._replace(eos_id=int(free[0, 0]), slots=2)
+    assert_same(respond(llama, settings), respond(llama, settings._replace(slots=0)))
+    settings = settings._replace(max_new_tokens=1)
+    assert_same(respond(llama, settings), respond(llama, settings._replace(slots=0)))
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_repetition_penalty_equals_a_forward_pass_a_token(llama, slots):
+    penalty = 1.5
+    got = respond(llama, GREEDY._replace(repetition_penalty=penalty, slots=slots))
+    width = llama.prompts.shape[1] + N
+    for step in range(N):
+        tokens = np.concatenate([llama.prompts, got.tokens[:, :step]], axis=1)
+        mask = np.pad(llama.prompt_mask, [(0, 0), (0, step)], constant_values=True)
+        left = [(0, 0), (width - tokens.shape[1], 0)]
+        logits = np.array(
+            last_logits(
+                llama.model, llama.params, np.pad(tokens, left), np.pad(mask, left)
+            )
+        )
+        for row in range(len(tokens)):
+            for token in set(tokens[row][mask[row]].tolist()):
+                value = logits[row, token]
+                logits[row, token] = value / penalty if value > 0 else value * penalty
+        np.testing.assert_array_equal(got.tokens[:, step], logits.argmax(-1))
+    assert (got.tokens != respond(llama, GREEDY).tokens).any()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.05), ("int8", 0.15)])
+def test_a_smaller_cache_is_nearly_the_same(llama, free, dtype, error):
+    """The log-probabilities of the tokens that were drawn, by a full forward pass."""
+    settings = WARM._replace(cache_dtype=dtype, slots=3)
+    got = respond(llama, settings)
+    transcript = Transcript(
+        llama.prompts, llama.prompt_mask, got.tokens, jnp.asarray(got.mask)
+    )
+    static = {"temperature": 0.7, "chunk_size": None}
+    score = jax.jit(score_responses, static_argnames=("model", *static))
+    scored = score(llama.model, llama.params, transcript, **static)
+    gap = np.abs(got.logprobs - scored.logprobs).max()
+    assert 1e-5 < gap < error

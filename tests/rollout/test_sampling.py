@@ -16,6 +16,7 @@ def random_logits(rows=64, vocabulary=300, seed=0):
 
 
 def kept(logits, **settings):
+    settings = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
     truncate = jax.jit(lambda x: sampling.truncate(x, **settings))
     got = np.asarray(truncate(jnp.asarray(logits)))
     np.testing.assert_array_equal(
@@ -44,7 +45,7 @@ def test_top_k_equals_a_sort(top_k):
     logits = random_logits()
     want = logits >= np.sort(logits, axis=-1)[:, -top_k, None]
     assert (want.sum(-1) == top_k).all()
-    np.testing.assert_array_equal(kept(logits, top_k=top_k, top_p=1.0), want)
+    np.testing.assert_array_equal(kept(logits, top_k=top_k), want)
 
 
 @pytest.mark.parametrize("outlier", [-1e9, float(np.finfo(np.float32).min), -np.inf])
@@ -53,7 +54,7 @@ def test_top_k_beside_a_token_that_is_ruled_out(outlier):
     logits = random_logits()
     logits[:, 7] = outlier
     want = logits >= np.sort(logits, axis=-1)[:, -10, None]
-    np.testing.assert_array_equal(kept(logits, top_k=10, top_p=1.0), want)
+    np.testing.assert_array_equal(kept(logits, top_k=10), want)
 
 
 def test_top_k_keeps_all_ties():
@@ -61,19 +62,19 @@ def test_top_k_keeps_all_ties():
         [[1, 5, 3, 3, 3, 0], [2, 2, 2, 2, 2, 2], [-1, -3, 0, -0.0, -2, -2]]
     )
     want = np.array([[0, 1, 1, 1, 1, 0], [1] * 6, [0, 0, 1, 1, 0, 0]], bool)
-    np.testing.assert_array_equal(kept(logits, top_k=2, top_p=1.0), want)
+    np.testing.assert_array_equal(kept(logits, top_k=2), want)
 
 
 @pytest.mark.parametrize("top_k", [0, 300, 1000])
 def test_a_top_k_that_keeps_all(top_k):
-    assert kept(random_logits(), top_k=top_k, top_p=1.0).all()
+    assert kept(random_logits(), top_k=top_k).all()
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_top_p_is_the_smallest_set_that_holds_p(top_p):
     """By a sort in float64; a row whose border lies within rounding is left out."""
     logits = random_logits(rows=200)
-    got = kept(logits, top_k=0, top_p=top_p)
+    got = kept(logits, top_p=top_p)
     compared = 0
     for row in range(len(logits)):
         order = np.argsort(-logits[row], kind="stable")
@@ -90,7 +91,7 @@ def test_top_p_is_the_smallest_set_that_holds_p(top_p):
 def test_top_p_keeps_all_ties():
     """p = 0.4, 0.2, 0.2, 0.2: half needs one of the three equals, so all of them."""
     logits = np.log(np.float32([[0.2, 0.4, 0.2, 0.2]]))
-    got = [kept(logits, top_k=0, top_p=p)[0].tolist() for p in (0.3, 0.5)]
+    got = [kept(logits, top_p=p)[0].tolist() for p in (0.3, 0.5)]
     assert got == [[False, True, False, False], [True] * 4]
 
 
@@ -101,36 +102,50 @@ def test_top_p_counts_what_top_k_left():
     assert kept(logits, top_k=2, top_p=0.6)[0].tolist() == [False] * 2 + [True] * 2
 
 
-def invert(weights, uniform):
-    return np.asarray(jax.jit(sampling.invert_cdf)(weights, jnp.float32(uniform)))
+def pick(weights, uniform):
+    return np.asarray(jax.jit(sampling.draw_token)(weights, jnp.float32(uniform)))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000])
-def test_inverse_equals_a_cumulative_sum(vocabulary):
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_a_draw_equals_a_loop(vocabulary):
+    """The block by its cumulative weight, then the first of exponential arrivals."""
     rng = np.random.default_rng(vocabulary)
-    weights = rng.random((500, vocabulary)).astype(np.float32)
-    uniform = rng.random(500).astype(np.float32)
-    got = invert(weights, uniform)
-    cumulative = np.cumsum(weights.astype(np.float64), axis=-1)
-    target = uniform * cumulative[:, -1]
-    want = np.argmax(cumulative > target[:, None], axis=-1)
-    # Where the target lies on a border, but for rounding, either side is right.
-    clear = np.abs(cumulative - target[:, None]).min(-1) > 1e-6 * cumulative[:, -1]
-    assert clear.mean() > 0.9
-    np.testing.assert_array_equal(got[clear], want[clear])
+    rows, K = 200, sampling.BLOCK
+    weights = rng.random((rows, vocabulary)).astype(np.float32)
+    uniform = rng.random((rows, 1 + K)).astype(np.float32)
+    got, same = pick(weights, uniform), 0
+    for row in range(rows):
+        w, u = weights[row].astype(np.float64), uniform[row].astype(np.float64)
+        borders = np.add.reduceat(w, np.arange(0, vocabulary, K)).cumsum()
+        block = int(np.argmax(borders > u[0] * borders[-1]))
+        inside = w[block * K : (block + 1) * K]
+        arrivals = -np.log(1 - u[1 : 1 + len(inside)]) / inside
+        same += got[row] == block * K + np.argmin(arrivals)
+    assert same >= rows - 1  # a number on a border may be rounded to either side
 
 
-def test_inverse_by_hand():
-    """Weights 1, 0, 2, 1: borders at 0, 0.25, 0.25, 0.75, 1."""
-    uniform = [0.0, 0.24, 0.25, 0.74, 0.75, 0.999]
-    weights = np.tile(np.float32([1, 0, 2, 1]), (len(uniform), 1))
-    assert invert(weights, uniform).tolist() == [0, 0, 2, 2, 3, 3]
+def test_a_rounding_error_hardly_changes_a_draw():
+    """A cumulative sum alone would change some 40 of 50,000 draws among 8,192."""
+    rng = np.random.default_rng(0)
+    rows = 10_000
+    logits = rng.normal(size=8192).astype(np.float32)
+    noise = np.float32(1 + 1e-6 * rng.normal(size=8192))
+    changed = 0
+    for _ in range(5):
+        uniform = rng.random((rows, 1 + sampling.BLOCK)).astype(np.float32)
+        whole = lambda x: np.broadcast_to(np.exp(x), (rows, 8192))
+        before, after = (
+            pick(whole(logits), uniform),
+            pick(whole(logits * noise), uniform),
+        )
+        changed += (before != after).sum()
+    assert changed <= 3
 
 
 def test_never_a_token_of_weight_zero():
-    """Uniforms on and beside every border, of sparse weights with empty blocks."""
+    """Numbers on and beside every border, of sparse weights with empty blocks."""
     rng = np.random.default_rng(0)
-    vocabulary = 1500
+    vocabulary = 3000
     for trial in range(6):
         weights = rng.random(vocabulary) * (rng.random(vocabulary) < 0.03)
         empty = rng.integers(0, vocabulary // sampling.BLOCK + 1, 4)
@@ -139,20 +154,62 @@ def test_never_a_token_of_weight_zero():
         weights = weights.astype(np.float32)
         borders = np.cumsum(weights.astype(np.float64))
         borders = np.unique((borders / borders[-1]).astype(np.float32))
-        uniform = np.concatenate(
+        first = np.concatenate(
             [borders, np.nextafter(borders, 2), np.nextafter(borders, -1), [0, TINY]]
         ).astype(np.float32)
-        uniform = np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32)
-        uniform = np.resize(uniform, 400)
-        assert weights.any() and uniform.max() < 1
-        tokens = invert(np.broadcast_to(weights, (400, vocabulary)), uniform)
+        first = np.resize(np.clip(first, 0, 1 - 2.0**-24).astype(np.float32), 400)
+        assert weights.any() and first.max() < 1
+        # Of the other numbers many are the smallest that there is, zero.
+        uniform = rng.random((400, 1 + sampling.BLOCK)).astype(np.float32)
+        uniform *= rng.random(uniform.shape) < 0.5
+        uniform[:, 0] = first
+        tokens = pick(np.broadcast_to(weights, (400, vocabulary)), uniform)
         assert (weights[tokens] > 0).all()
 
 
+@pytest.mark.parametrize("min_p", [0.01, 0.1, 0.9])
+def test_min_p_is_a_share_of_the_likeliest(min_p):
+    logits = random_logits()
+    probs = softmax(logits)
+    want = probs >= min_p * probs.max(-1, keepdims=True)
+    assert len(want) < want.sum() < want.size
+    np.testing.assert_array_equal(kept(logits, min_p=min_p), want)
+
+
+def test_min_p_of_what_the_nucleus_left():
+    """Of 0.5, 0.3, 0.15 and 0.05 top-p 0.7 keeps two, and min-p 0.7 one of those."""
+    logits = np.log(np.float32([[0.3, 0.05, 0.5, 0.15]]))
+    assert kept(logits, top_p=0.7)[0].tolist() == [True, False, True, False]
+    assert kept(logits, top_p=0.7, min_p=0.7)[0].tolist() == [False, False, True, False]
+
+
+def test_repetition_penalty_equals_a_loop():
+    logits, vocabulary = random_logits(3), 300
+    tokens = np.array([[5, 7, 7, 9], [1, 2, 3, 4], [8, 8, 8, 299]])
+    mask = np.array([[False, True, True, True], [True] * 4, [False, True, True, False]])
+    seen = sampling.tokens_in(jnp.asarray(tokens), jnp.asarray(mask), vocabulary)
+    seen = sampling.add_token(seen, jnp.array([0, 2, 6]))
+    want = logits.copy()
+    for row, said in enumerate(({7, 9, 0}, {1, 2, 3, 4}, {8, 6})):
+        assert set(np.flatnonzero(seen[row])) == said
+        for token in said:
+            value = logits[row, token]
+            want[row, token] = value / 1.3 if value > 0 else value * 1.3
+    got = sampling.penalize(jnp.asarray(logits), seen, 1.3)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert (np.asarray(got) <= logits).all()
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 12, 0.8)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (1.3, 12, 0.8, 0.0),
+        (1.3, 0, 1.0, 0.1),
+    ],
 )
-def test_frequencies_match_the_distribution(temperature, top_k, top_p):
+def test_frequencies_match_the_distribution(temperature, top_k, top_p, min_p):
     """Chi-square over 50,000 draws through keys, as `generate` makes them."""
     draws = 50_000
     logits = random_logits(1, 20, seed=5)[0] * 20
@@ -162,14 +219,16 @@ def test_frequencies_match_the_distribution(temperature, top_k, top_p):
         keys = sampling.sample_keys(key, jnp.arange(draws))
         return sampling.sample(
             jnp.broadcast_to(logits, (draws, 20)),
-            sampling.uniforms(keys, jnp.int32(3)),
+            sampling.uniforms(keys, jnp.full(draws, 3)),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
         )
 
     tokens, logprobs = draw(jax.random.key(11))
-    inside = kept(logits[None] / temperature, top_k=top_k, top_p=top_p)[0]
+    settings = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    inside = kept(logits[None] / temperature, **settings)[0]
     probs = softmax(np.where(inside, logits / temperature, -np.inf))
     counts = np.bincount(tokens, minlength=20)
     assert counts[~inside].sum() == 0
@@ -184,8 +243,8 @@ def test_frequencies_match_the_distribution(temperature, top_k, top_p):
 
 def test_greedy_takes_the_likeliest_token():
     logits = random_logits()
-    ignored = {"top_k": 3, "top_p": 0.5}
-    uniform = jnp.full(len(logits), 0.99)
+    ignored = {"top_k": 3, "top_p": 0.5, "min_p": 0.3}
+    uniform = jnp.full((len(logits), 1 + sampling.BLOCK), 0.99)
     tokens, logprobs = sampling.sample(
         jnp.asarray(logits), uniform, temperature=0, **ignored
     )
@@ -197,9 +256,9 @@ def test_greedy_takes_the_likeliest_token():
 
 def test_bfloat16_logits_give_float32():
     logits = jnp.asarray(random_logits(), jnp.bfloat16)
-    uniform = jnp.full(len(logits), 0.5)
+    uniform = jnp.full((len(logits), 1 + sampling.BLOCK), 0.5)
     tokens, logprobs = sampling.sample(
-        logits, uniform, temperature=0.7, top_k=5, top_p=0.9
+        logits, uniform, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1
     )
     assert tokens.dtype == jnp.int32
     assert logprobs.dtype == jnp.float32
@@ -207,11 +266,13 @@ def test_bfloat16_logits_give_float32():
 
 def test_keys_are_functions_of_the_index_alone():
     root = jax.random.key(0)
-    step = jnp.int32(2)
+    step = jnp.array([2, 2, 0, 5, 2, 2, 7, 2])
     whole = sampling.uniforms(sampling.sample_keys(root, jnp.arange(8)), step)
-    some = sampling.uniforms(sampling.sample_keys(root, jnp.array([6, 1])), step)
-    np.testing.assert_array_equal(some, whole[jnp.array([6, 1])])
-    assert len(np.unique(whole)) == 8
+    picked = jnp.array([6, 1])
+    some = sampling.uniforms(sampling.sample_keys(root, picked), step[picked])
+    np.testing.assert_array_equal(some, whole[picked])
+    assert whole.shape == (8, 1 + sampling.BLOCK)
+    assert len(np.unique(whole)) == whole.size
     later = sampling.uniforms(sampling.sample_keys(root, jnp.arange(8)), step + 1)
     assert not np.isin(later, whole).any()
     assert (whole >= 0).all() and (whole < 1).all()

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import sharding
+from rlhf_jax.rollout import packing
+from rlhf_jax.rollout.logprobs import Transcript, score_responses
+
+P, N = 6, 7
+RESPONSES = np.array([7, 1, 2, 3, 1, 5, 2, 4])
+STATIC = {"temperature": 0.7, "chunk_size": 3}
+
+
+@pytest.fixture(scope="module")
+def transcript(llama):
+    rng = np.random.default_rng(1)
+    mask = np.arange(N) < RESPONSES[:, None]
+    responses = np.where(mask, rng.integers(3, 96, mask.shape), 1).astype(np.int32)
+    arrays = llama.prompts, llama.prompt_mask, responses, mask
+    return Transcript(*map(jnp.asarray, arrays))
+
+
+def laid_out(transcript, batches=None):
+    batches = np.arange(8)[None, :] if batches is None else batches
+    layout = packing.plan_transcript(transcript, batches)
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), layout)
+
+
+def test_pack_by_hand():
+    """Into rows of 10: 9 | 7 + 3 | 5 + 5 | 4, the longest first."""
+    lengths = np.array([5, 9, 3, 5, 7, 4])
+    assert packing.pack(lengths, 10) == [[1], [4, 2], [0, 3], [5]]
+
+
+def test_every_token_stands_once(transcript):
+    """Prompt and response of each row, without the last token, in a segment."""
+    layout = jax.device_get(laid_out(transcript))
+    tokens = np.concatenate([transcript.prompts, transcript.responses], axis=1)
+    real = np.concatenate([transcript.prompt_mask, transcript.mask], axis=1)
+    wanted = sorted(tuple(row[kept][:-1].tolist()) for row, kept in zip(tokens, real))
+    packed = np.asarray(packing.gather(layout, tokens))
+    found = [
+        tuple(row[numbers == segment].tolist())
+        for row, numbers in zip(packed, layout.segments)
+        for segment in range(1, numbers.max() + 1)
+    ]
+    assert sorted(found) == wanted
+    assert len(layout.segments) < len(tokens)
+    # A state stands right before its target, or is the prompt's last.
+    said, spoken = packing.targets(layout, np.asarray(transcript.responses))
+    assert spoken.sum() == RESPONSES.sum()
+    places = layout.places[np.asarray(transcript.mask)]
+    assert len(set(places.tolist())) == RESPONSES.sum()
+    np.testing.assert_array_equal(
+        np.asarray(said).ravel()[places],
+        np.asarray(transcript.responses)[np.asarray(transcript.mask)],
+    )
+
+
+def test_shapes_are_few():
+    """Of 16 rows of any lengths: quarters, and a multiple of the shards."""
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for _ in range(200):
+        prompts = rng.integers(1, P + 1, 16)
+        responses = rng.integers(1, rng.integers(2, N + 2), 16)
+        layout = packing.plan(
+            *(prompts, responses, np.arange(16)[None, :]),
+            prompt_tokens=P,
+            max_new_tokens=N,
+            shards=2,
+        )
+        shapes.add((layout.tokens.shape[1], layout.states.shape[2]))
+        assert layout.tokens.shape[1] % 2 == 0
+    assert len(shapes) <= 12 and len(shapes) > 1
+
+
+def gradient(llama, transcript):
+    def total(params):
+        scored = score_responses(llama.model, params, transcript, **STATIC)
+        weights = jnp.sin(jnp.arange(8 * N, dtype=jnp.float32)).reshape(8, N)
+        return (weights * (scored.logprobs + 0.1 * scored.entropy)).sum(), scored
+
+    return jax.jit(jax.grad(total, has_aux=True))(llama.params)
+
+
+def test_scores_and_gradients_are_the_same(llama, transcript):
+    want_grad, want = gradient(llama, transcript)
+    got_grad, got = gradient(llama, transcript._replace(layout=laid_out(transcript)))
+    assert got.hidden.shape[0] < want.hidden.shape[0]
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, want.entropy, atol=1e-5)
+    assert not np.asarray(got.logprobs)[~np.asarray(transcript.mask)].any()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got_grad, want_grad
+    )
+
+
+def test_eight_devices_are_the_same(llama, transcript):
+    want = score_responses(llama.model, llama.params, transcript, **STATIC)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        layout = jax.tree.map(
+            lambda x: x[0], packing.plan_transcript(transcript, np.arange(8)[None, :])
+        )
+        rows = sharding.rows(mesh)
+        on_mesh = sharding.to_devices(transcript._replace(layout=layout), rows)
+        params = jax.tree.map(
+            lambda x, at: sharding.to_devices(np.asarray(x), at),
+            llama.params,
+            sharding.param_shardings(llama.params, mesh),
+        )
+        score = jax.jit(score_responses, static_argnames=("model", *STATIC))
+        got = score(llama.model, params, on_mesh, **STATIC)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)

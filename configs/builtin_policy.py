@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
+            "remat_keeps": "",  # "matmuls": more memory, on accelerators faster
             # rank 0: off. Else all but the adapter is frozen, and is the reference.
             "lora": {
                 "rank": 0,
@@ -105,6 +106,10 @@ def get_config() -> ConfigDict:
                 "temperature": 1.0,
                 "top_k": 0,
                 "top_p": 1.0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,  # 1: off
+                "slots": 0,  # responses decoded together, refilled as they end; 0: all
+                "cache_dtype": "",  # float32, bfloat16, int8; "": as dtype
             },
             "logprob_chunk": 0,
             "evaluate_every": 5,
@@ -113,6 +118,8 @@ def get_config() -> ConfigDict:
             # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
             # training and exports the last good checkpoint. KL in nats, 0: no bound.
             "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
+            "nonfinite": "stop",  # or "skip" the step, or "rollback" and skip the phase
+            "grace_s": 30.0,  # seconds from SIGTERM to the end of the process
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # or "bfloat16": of the computation, not the masters
             "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
+            "remat_keeps": "",  # "matmuls": more memory, on accelerators faster
             # rank 0: off. Else all but the adapter and the head is frozen.
             "lora": {
                 "rank": 0,
@@ -91,6 +92,8 @@ def get_config() -> ConfigDict:
             # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
             # training and exports the last good checkpoint. KL in nats, 0: no bound.
             "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
+            "nonfinite": "stop",  # or "skip" the step, or "rollback" and skip the phase
+            "grace_s": 30.0,  # seconds from SIGTERM to the end of the process
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

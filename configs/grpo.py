@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # or "bfloat16": of the computation, not the masters
             "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
+            "remat_keeps": "",  # "matmuls": more memory, on accelerators faster
             # rank 0: off. Else all but the adapter is frozen, and is the reference.
             "lora": {
                 "rank": 0,
@@ -71,6 +72,11 @@ def get_config() -> ConfigDict:
                 "temperature": 0.7,
                 "top_k": 0,  # 0: off; both make rollouts narrower than what learns
                 "top_p": 1.0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,  # 1: off
+                "slots": 0,  # responses decoded together, refilled as they end; 0: all
+                "cache_dtype": "",  # float32, bfloat16, int8; "": as dtype
+                "reuse_logprobs": False,  # the sampler's for the learner's: a pass less
             },
             # name -> source and weight; the reward is the weighted sum.
             "rewards": {"human": {"source": "builtin:reward", "weight": 1.0}},
@@ -87,6 +93,7 @@ def get_config() -> ConfigDict:
                 "epochs": 2,
                 "minibatches": 2,
                 "accumulation": 1,
+                "packing": False,  # several responses a row: where lengths differ
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "dual_clip": 0.0,  # 0: off
@@ -135,6 +142,8 @@ def get_config() -> ConfigDict:
             # Alerts on a run gone wrong: off, warn, stop, or rollback, which ends the
             # training and exports the last good checkpoint. KL in nats, 0: no bound.
             "monitor": {"action": "warn", "kl": 20.0, "patience": 2},
+            "nonfinite": "stop",  # or "skip" the step, or "rollback" and skip the phase
+            "grace_s": 30.0,  # seconds from SIGTERM to the end of the process
             "logging": {"tensorboard": False, "wandb": "", "wandb_project": "rlhf_jax"},
         }
     )

@@ -51,7 +51,8 @@ def load_model(
 
     Args:
       source: "builtin", a directory, a hub id; or the config of a model to make.
-      config: the run's; `seed`, `dtype`, `remat`, `lora` and, if there, `dropout`
+      config: the run's; `seed`, `dtype`, `remat`,
+        `remat_keeps`, `lora` and, if there, `dropout`
         and `neftune_alpha` are read.
       mesh: where the weights go.
       head: a scalar head in place of the unembedding, drawn from the seed where the
@@ -94,7 +95,8 @@ def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
         settings["lora_scale"] = config.lora.alpha / config.lora.rank
         settings["lora_dropout"] = config.lora.dropout
     shape = dataclasses.replace(shape, **settings)
-    return make_model(shape, dtype=config.dtype, remat=config.remat)
+    how = {"remat": config.remat, "remat_keeps": config.remat_keeps}
+    return make_model(shape, dtype=config.dtype, **how)
 
 
 def zero_head(params: Any, mesh: Mesh) -> Any:

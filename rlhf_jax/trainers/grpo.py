@@ -40,7 +40,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import keys, loading, losses, progress, sharding, trainable
+from rlhf_jax import keys, loading, losses, nonfinite, progress, sharding, trainable
 from rlhf_jax.data.prompts import Prompts, load_both
 from rlhf_jax.losses import masked, policy_variants
 from rlhf_jax.models.transformer import Model
@@ -50,7 +50,7 @@ from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
 from rlhf_jax.trainers import common, informative, online
 from rlhf_jax.trainers.grpo_settings import notes, validate
-from rlhf_jax.trainers.minibatches import make_learn, minibatch_order
+from rlhf_jax.trainers.minibatches import Minibatches, make_learn, make_order
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 from rlhf_jax.trees import join
 
@@ -106,23 +106,22 @@ def make_advantages(config: ConfigDict) -> Callable:
     return advantages
 
 
-def make_assess(model: Model, config: ConfigDict) -> Callable:
-    """Builds `assess(policy, reference, transcript, samples, scores, kept)`.
+def make_assess(config: ConfigDict) -> Callable:
+    """Builds `assess(measured, transcript, samples, scores, kept)`.
 
-    Step 3: log-probabilities of policy and reference, advantages, and which tokens are
-    learned from. `kept` [B] bool leaves rows out of the loss, not out of their group.
-    Returns (Experience, metrics).
+    Step 3: advantages, and which tokens are learned from. `kept` [B] bool leaves rows
+    out of the loss, not out of their group. Returns (Experience, metrics).
     """
     grpo = config.grpo
-    policy_logprobs = online.make_policy_logprobs(model, config)
     advantages_of = make_advantages(config)
 
     @jax.jit
-    def assess(policy, reference, transcript: Transcript, samples, scores, kept):
+    def assess(
+        measured: online.Measured, transcript: Transcript, samples, scores, kept
+    ):
         mask = transcript.mask
-        learner = policy_logprobs(policy, transcript)
-        ref_logprobs = policy_logprobs(reference, transcript).logprobs
-        pair = (learner.logprobs, ref_logprobs, mask)
+        old_logprobs, ref_logprobs = measured.logprobs, measured.ref_logprobs
+        pair = (old_logprobs, ref_logprobs, mask)
         scores = online.shape_scores(scores, samples, grpo)
         if grpo.overlong.buffer:
             scores += losses.overlong_penalty(
@@ -135,15 +134,15 @@ def make_assess(model: Model, config: ConfigDict) -> Callable:
         advantages = advantages_of(scores, kl, mask)
         if grpo.overlong.filter:
             kept &= samples.finished
-        weights = jnp.ones_like(learner.logprobs)
+        weights = jnp.ones_like(old_logprobs)
         if grpo.importance.level:
             weights = losses.importance_weights(
-                learner.logprobs, samples.logprobs, mask, **grpo.importance
+                old_logprobs, samples.logprobs, mask, **grpo.importance
             )
         experience = Experience(
-            transcript=transcript,
+            transcript=transcript._replace(layout=None),
             mask=mask & kept[:, None],
-            old_logprobs=learner.logprobs,
+            old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             advantages=advantages,
             weights=weights,
@@ -151,7 +150,7 @@ def make_assess(model: Model, config: ConfigDict) -> Callable:
         )
         groups = scores.reshape(-1, config.rollout.group)
         differ = (groups != groups[:, :1]).any(axis=1)
-        metrics = online.policy_metrics(learner, ref_logprobs, samples) | {
+        metrics = online.policy_metrics(measured, samples) | {
             "groups/informative": differ.mean(),
             "groups/std": groups.std(axis=1).mean(),
             "groups/kept": kept.mean(),
@@ -255,8 +254,7 @@ def make_update(
 ) -> Callable:
     """Builds `update(state, experience, order, frozen) -> (state, metrics)` (step 4).
 
-    `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
-    epochs. The state is donated.
+    `order` says which rows each optimizer step learns from. The state is donated.
     """
     learn = make_learn(
         make_loss(model, config),
@@ -267,7 +265,7 @@ def make_update(
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, experience: Experience, order: jax.Array, frozen=None):
+    def update(state: State, experience: Experience, order: Minibatches, frozen=None):
         policy, opt_state, metrics = learn(
             state.policy, state.opt_state, experience, order, frozen
         )
@@ -290,20 +288,28 @@ def make_phase(
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 4."""
     collect = informative.make_collect(config, mesh, sample, rewards, prompts)
-    assess = make_assess(model, config)
+    measure = online.make_measure(model, config)
+    assess = make_assess(config)
     update = make_update(model, config, optimizer)
-    batch, grpo = online.rows_per_phase(config), config.grpo
+    order_of = make_order(config, config.grpo, mesh)
+    lay_out = functools.partial(online.lay_out, config.grpo, mesh)
+    batch = online.rows_per_phase(config)
 
     def run_phase(state: State, phase: int):
         jax.block_until_ready(state)  # the last update is not this rollout's time
         policy = join(state.policy, frozen)
-        collected, kept, drawn = collect(policy, phase)
+        collected, kept, drawn = collect(
+            *(policy, phase),
+            lambda transcript, samples: measure(
+                policy, reference, lay_out(transcript), samples
+            ),
+        )
         _, _, transcript, samples = collected.rollout
         experience, metrics = assess(
-            policy, reference, transcript, samples, collected.scores, kept
+            collected.measured, transcript, samples, collected.scores, kept
         )
         key = keys.branch_key(config.seed, keys.ORDER, phase)
-        order = minibatch_order(key, batch, grpo.epochs, grpo.minibatches)
+        order = order_of(key, transcript)
         state, learned = update(state, experience, order, frozen)
         rows, measured = online.report(config, collected, experience.sequence_kl)
         counts = {"episodes": phase * batch, "groups/draws": drawn}
@@ -330,6 +336,7 @@ def run(config: ConfigDict) -> None:
         )
         steps = config.total_phases * config.grpo.epochs * config.grpo.minibatches
         optimizer = make_optimizer(config.optimizer, config.optimizer.lr, steps)
+        optimizer = nonfinite.guard(optimizer)
         trained, frozen = parts = trainable.cut(config, policy.params, mesh)
         reference = trainable.reference_of(config, parts)
         state = State(trained, loading.init_optimizer(optimizer, trained, mesh))

@@ -11,7 +11,6 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,11 +30,12 @@ def make_collect(
     sample: Sampler,
     rewards: Sequence[Reward],
     prompts: Prompts,
-) -> Callable[[Any, int], tuple[online.Collected, jax.Array, int]]:
-    """Builds `collect(params, phase) -> (collected, kept, draws)`.
+) -> Callable[..., tuple[online.Collected, jax.Array, int]]:
+    """Builds `collect(params, phase, meanwhile) -> (collected, kept, draws)`.
 
-    `kept` [B] bool on the mesh is false on rows that only fill up the phase; `draws` is
-    how often prompts were drawn.
+    `meanwhile` is that of `online.make_collect`; with dynamic sampling it is asked of
+    the rows that were picked, when they are. `kept` [B] bool on the mesh is false on
+    rows that only fill up the phase; `draws` is how often prompts were drawn.
     """
     collect = online.make_collect(config, mesh, sample, rewards, prompts)
     most = max(1, config.grpo.dynamic_sampling)
@@ -43,20 +43,23 @@ def make_collect(
     rows = sharding.rows(mesh)
     everything = np.ones(groups * group, bool)
 
-    def collect_informative(params, phase):
+    def collect_informative(params, phase, meanwhile):
+        if not config.grpo.dynamic_sampling:
+            collected = collect(params, phase, meanwhile)
+            return collected, sharding.to_devices(everything, rows), 1
         found = []
         for draw in range(most):
-            found.append(collect(params, phase, draw, most))
+            found.append(collect(params, phase, lambda *_: None, draw, most))
             differ = np.concatenate([differing(one.total, group) for one in found])
             if differ.sum() >= groups:
                 break
-        if not config.grpo.dynamic_sampling:
-            return found[0], sharding.to_devices(everything, rows), 1
         # Those that differ come first, in the order they were drawn.
         order = np.argsort(~differ, kind="stable")[:groups]
         index = (order[:, None] * group + np.arange(group)).reshape(-1)
         kept = sharding.to_devices(differ[order].repeat(group), rows)
-        return pick(found, index, rows), kept, len(found)
+        picked = pick(found, index, rows)
+        measured = meanwhile(picked.rollout.transcript, picked.rollout.samples)
+        return picked._replace(measured=measured), kept, len(found)
 
     return collect_informative
 
@@ -89,6 +92,7 @@ def pick(
         np.concatenate([one.total for one in draws])[index],
         {n: np.concatenate([one.parts[n] for one in draws])[index] for n in names},
         np.concatenate([one.unsafe for one in draws])[index],
+        None,
         sum(one.rollout_seconds for one in draws),
         sum(one.reward_seconds for one in draws),
     )

@@ -6,20 +6,35 @@ accumulation, the optimizer step, the early stop, and the metrics of the steps.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
+from rlhf_jax.rollout import packing
+from rlhf_jax.rollout.logprobs import Transcript
 
 # (params, rows, counts, frozen) -> (objective, (sums, maxima)): what a micro-batch adds
 # to the minibatch's loss, and metrics that add up, or of which the largest counts.
 Loss = Callable[[Any, Any, Any, Any], tuple[jax.Array, tuple[dict, dict]]]
+
+
+class Minibatches(NamedTuple):
+    """Which rows each optimizer step learns from.
+
+    Attributes:
+      rows: [E, M, R] int32, row numbers of each of M minibatches in each of E epochs.
+      layout: [E · M, ...] how each is packed; None if it is not.
+    """
+
+    rows: jax.Array
+    layout: packing.Layout | None = None
 
 
 def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
@@ -49,6 +64,32 @@ def minibatch_order(
     return shuffled.reshape(epochs, minibatches, -1)
 
 
+def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable:
+    """Builds `order(key, transcript) -> Minibatches` of one phase."""
+    rows = config.rollout.prompts * config.rollout.get("group", 1)
+    epochs, minibatches = learning.epochs, learning.minibatches
+
+    def order(key: jax.Array, transcript: Transcript) -> Minibatches:
+        drawn = minibatch_order(key, rows, epochs, minibatches)
+        if not learning.packing:
+            return Minibatches(drawn)
+        steps, parts = epochs * minibatches, learning.accumulation
+        batches = sharding.to_host(drawn).reshape(steps * parts, -1)
+        layout = packing.plan_transcript(transcript, batches)
+        layout = jax.tree.map(lambda x: x.reshape(steps, -1, x.shape[-1]), layout)
+        across = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+        return Minibatches(drawn, sharding.to_devices(layout, across))
+
+    return order
+
+
+def pack_whole(transcript: Transcript, mesh: Mesh) -> Transcript:
+    """The transcript with a layout that packs all of its rows."""
+    whole = np.arange(len(transcript.mask))[None, :]
+    layout = jax.tree.map(lambda x: x[0], packing.plan_transcript(transcript, whole))
+    return transcript._replace(layout=sharding.to_devices(layout, sharding.rows(mesh)))
+
+
 def make_learn(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -71,8 +112,9 @@ def make_learn(
       norms: gradients -> the metrics of their sizes.
 
     Returns:
-      A pure function: (params, opt_state, experience, order [E, M, R] int32, frozen)
-      -> (params, opt_state, metrics); `frozen` is handed to the loss.
+      A pure function: (params, opt_state, experience, order: Minibatches, frozen)
+      -> (params, opt_state, metrics); `frozen` is handed to the loss. The experience
+      has a `transcript`.
     """
     grad_loss = jax.grad(loss, has_aux=True)
 
@@ -91,9 +133,12 @@ def make_learn(
         metrics = jax.tree.map(jnp.sum, sums) | jax.tree.map(jnp.max, maxima)
         return grads, metrics | norms(grads)
 
-    def step(experience, frozen, carry, index):
+    def step(experience, frozen, carry, minibatch):
         params, opt_state, stopped = carry
+        index, layout = minibatch
         rows = jax.tree.map(lambda x: x[index], experience)
+        if layout is not None:
+            rows = rows._replace(transcript=rows.transcript._replace(layout=layout))
         grads, metrics = gradients(params, rows, frozen)
         updates, stepped = optimizer.update(grads, opt_state, params)
         moved = optax.apply_updates(params, updates)
@@ -109,7 +154,7 @@ def make_learn(
         (params, opt_state, _), steps = jax.lax.scan(
             functools.partial(step, experience, frozen),
             (params, opt_state, jnp.bool_(False)),
-            order.reshape(-1, order.shape[-1]),
+            (order.rows.reshape(-1, order.rows.shape[-1]), order.layout),
         )
         return params, opt_state, summarize_steps(steps)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from rlhf_jax import keys, loading, sharding
+from rlhf_jax import keys, loading, nonfinite, sharding
 from rlhf_jax.data.order import phase_rows
 from rlhf_jax.data.packing import length_batches
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
@@ -44,6 +44,7 @@ def make_state(
     """The optimizer of `config.optimizer`, and the state to start from."""
     steps = config.total_phases * config.learning.steps_per_phase
     optimizer = make_optimizer(config.optimizer, config.optimizer.lr, steps)
+    optimizer = nonfinite.guard(optimizer)
     return State(params, loading.init_optimizer(optimizer, params, mesh)), optimizer
 
 

@@ -22,7 +22,8 @@ from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
 from rlhf_jax.rewards.safety import build_filter, find_unsafe
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
-from rlhf_jax.rollout.logprobs import Scored, score_responses
+from rlhf_jax.rollout.logprobs import Scored, Transcript, score_responses
+from rlhf_jax.trainers.minibatches import pack_whole
 
 FIELDS = {
     "reward/mean": "reward {:+.3f}",
@@ -76,10 +77,32 @@ def check_rollout(config: ConfigDict) -> None:
             f"config.rollout.top_p={rollout.top_p} must be above 0 and at most 1 "
             "(1 keeps every token)"
         )
+    if rollout.reuse_logprobs and narrower(rollout):
+        raise UserError(
+            "config.rollout.reuse_logprobs takes the sampler's log-probabilities for "
+            f"the learner's, and {', '.join(narrower(rollout))} make them another "
+            "distribution's: turn one of the two off"
+        )
     if rollout.top_k < 0:
         raise UserError(
             f"config.rollout.top_k={rollout.top_k} must not be negative (0 keeps all)"
         )
+    if not 0 <= rollout.min_p < 1:
+        raise UserError(
+            f"config.rollout.min_p={rollout.min_p} must be at least 0 (keeps all) and "
+            "below 1"
+        )
+    if rollout.repetition_penalty <= 0:
+        raise UserError(
+            f"config.rollout.repetition_penalty={rollout.repetition_penalty} must be "
+            "above 0 (1 is none)"
+        )
+
+
+def narrower(rollout: ConfigDict) -> list[str]:
+    """The settings with which responses are drawn otherwise than the learner thinks."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    return [name for name, value in off.items() if rollout[name] != value]
 
 
 def rows_per_phase(config: ConfigDict) -> int:
@@ -108,28 +131,64 @@ def shape_scores(
     )
 
 
-def policy_metrics(
-    learner: Scored, ref_logprobs: jax.Array, samples: Responses
-) -> dict[str, jax.Array]:
+class Measured(NamedTuple):
+    """What the models say of a phase's responses, before they are scored."""
+
+    logprobs: jax.Array  # [B, N] of the policy that sampled
+    ref_logprobs: jax.Array  # [B, N]
+    entropy: jax.Array  # [B, N] nats
+    values: jax.Array | None = None  # [B, N] of the critic, where there is one
+
+
+def make_measure(
+    model: Model,
+    config: ConfigDict,
+    values_of: Callable[[Any, Transcript, Scored | None], jax.Array] | None = None,
+) -> Callable:
+    """Builds `measure(policy, reference, transcript, samples, critic) -> Measured`.
+
+    With `rollout.reuse_logprobs` the sampler's log-probabilities are taken for the
+    policy's, which saves a forward pass, and their mean for the entropy. `values_of`
+    gets the critic, the transcript and the policy's forward pass, if there is one.
+    """
+    policy_logprobs = make_policy_logprobs(model, config)
+    reuse = config.rollout.reuse_logprobs
+
+    @jax.jit
+    def measure(policy, reference, transcript: Transcript, samples, critic=None):
+        learner = None if reuse else policy_logprobs(policy, transcript)
+        ref_logprobs = policy_logprobs(reference, transcript).logprobs
+        values = values_of and values_of(critic, transcript, learner)
+        if learner is None:
+            return Measured(samples.logprobs, ref_logprobs, -samples.logprobs, values)
+        return Measured(learner.logprobs, ref_logprobs, learner.entropy, values)
+
+    return measure
+
+
+def policy_metrics(measured: Measured, samples: Responses) -> dict[str, jax.Array]:
     """KL to the reference, entropy, and how far the sampler is from the learner.
 
-    Args:
-      learner: what the policy says of its own samples.
-      ref_logprobs: [B, N], of the reference.
-      samples: as they were drawn.
+    Where the sampler's log-probabilities are reused, that gap is zero, and
+    `first_step/ratio_deviation` tells it.
     """
     mask = samples.mask
-    pair = (learner.logprobs, ref_logprobs, mask)
+    pair = (measured.logprobs, measured.ref_logprobs, mask)
     log_ratio = losses.kl.k1(*pair)
-    gap = losses.kl.absolute(learner.logprobs, samples.logprobs, mask)
+    gap = losses.kl.absolute(measured.logprobs, samples.logprobs, mask)
     return {
         "kl/sequence": log_ratio.sum(axis=1).mean(),
         "kl/token": masked.mean(log_ratio, mask),
         "kl/token_k3": masked.mean(losses.kl.k3(*pair), mask),
-        "policy/entropy": masked.mean(learner.entropy, mask),
+        "policy/entropy": masked.mean(measured.entropy, mask),
         "rollout/logprob_gap_mean": masked.mean(gap, mask),
         "rollout/logprob_gap_max": gap.max(),
     }
+
+
+def lay_out(learning: ConfigDict, mesh: Mesh, transcript: Transcript) -> Transcript:
+    """The transcript, packed if `learning.packing` asks for it."""
+    return pack_whole(transcript, mesh) if learning.packing else transcript
 
 
 class Collected(NamedTuple):
@@ -140,6 +199,7 @@ class Collected(NamedTuple):
     total: np.ndarray  # [B] float32, the same on the host
     parts: Mapping[str, np.ndarray]  # each reward alone
     unsafe: np.ndarray  # [B] bool, by the safety filter, where there is one
+    measured: Any  # what `meanwhile` gave
     rollout_seconds: float
     reward_seconds: float
 
@@ -151,15 +211,23 @@ def make_collect(
     rewards: Sequence[Reward],
     prompts: Prompts,
 ) -> Callable[..., Collected]:
-    """Builds `collect(params, phase)`: the phase's prompts, answered and scored.
+    """Builds `collect(params, phase, meanwhile)`: prompts, answered and scored.
 
-    A phase that may draw several times says how often, `draws`, and which this is, so
-    that each has prompts and samples of its own.
+    `meanwhile(transcript, samples)` is called before the rewards, so that what it asks
+    of the devices is computed while the host scores. A phase that may draw several
+    times says how often, `draws`, and which this is, so that each has prompts and
+    samples of its own.
     """
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
     safety = build_filter(config.safety, mesh=mesh)
 
-    def collect(params: Any, phase: int, draw: int = 0, draws: int = 1) -> Collected:
+    def collect(
+        params: Any,
+        phase: int,
+        meanwhile: Callable[..., Any],
+        draw: int = 0,
+        draws: int = 1,
+    ) -> Collected:
         started = time.perf_counter()
         turn = (phase - 1) * draws + draw
         taken = phase_batch(prompts, turn, batch_size=batch, seed=config.seed)
@@ -168,6 +236,7 @@ def make_collect(
         index = range(first, first + batch * group)
         rollout = sample(params, taken.texts, key, index)
         sampled = time.perf_counter()
+        measured = meanwhile(rollout.transcript, rollout.samples)
         columns = {
             name: [value for value in values for _ in range(group)]
             for name, values in taken.columns.items()
@@ -181,7 +250,7 @@ def make_collect(
         scored = time.perf_counter()
         scores = sharding.to_devices(total, sharding.rows(mesh))
         seconds = sampled - started, scored - sampled
-        return Collected(rollout, scores, total, parts, unsafe, *seconds)
+        return Collected(rollout, scores, total, parts, unsafe, measured, *seconds)
 
     return collect
 

@@ -36,20 +36,22 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import keys, loading, losses, progress, sharding, trainable
+from rlhf_jax import keys, loading, losses, nonfinite, progress, sharding, trainable
 from rlhf_jax.data.prompts import Prompts, load_both
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards
-from rlhf_jax.rollout.logprobs import Transcript, response_hidden
+from rlhf_jax.rollout import packing
+from rlhf_jax.rollout.logprobs import Scored, Transcript, response_hidden
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
 from rlhf_jax.trainers import common, online
 from rlhf_jax.trainers.minibatches import (
+    Minibatches,
     check_minibatches,
     make_learn,
-    minibatch_order,
+    make_order,
 )
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 from rlhf_jax.trees import join
@@ -108,37 +110,34 @@ class Models(NamedTuple):
 
 
 def values_of(
-    models: Models, critic: Any, transcript: Transcript, policy_hidden: jax.Array
+    models: Models, critic: Any, transcript: Transcript, learner: Scored | None
 ) -> jax.Array:
     """The critic's values [B, N] float32; a shared trunk uses the policy's states."""
     if models.critic is None:
-        return models.policy.score(critic, policy_hidden)
-    hidden = response_hidden(models.critic, critic, transcript)
-    return models.critic.score(critic, hidden)
+        values = models.policy.score(critic, learner.hidden)
+    else:
+        hidden = response_hidden(models.critic, critic, transcript)
+        values = models.critic.score(critic, hidden)
+    return packing.spread(transcript.layout, values, transcript.mask)
 
 
-def make_assess(models: Models, config: ConfigDict) -> Callable:
-    """Builds `assess(state, reference, transcript, samples, scores, frozen)`.
+def make_assess(config: ConfigDict) -> Callable:
+    """Builds `assess(measured, kl_coef, transcript, samples, scores)`.
 
-    Steps 3 and 4: log-probabilities of policy and reference, shaped rewards, GAE.
-    Returns (Experience, metrics).
+    Steps 3 and 4: shaped rewards, GAE. Returns (Experience, metrics).
     """
     ppo = config.ppo
-    policy_logprobs = online.make_policy_logprobs(models.policy, config)
 
     @jax.jit
     def assess(
-        state: State, reference, transcript: Transcript, samples, scores, frozen=None
+        measured: online.Measured, kl_coef, transcript: Transcript, samples, scores
     ):
         mask = transcript.mask
-        learner = policy_logprobs(join(state.policy, frozen), transcript)
-        ref_logprobs = policy_logprobs(reference, transcript).logprobs
-        values = values_of(models, state.critic, transcript, learner.hidden)
-
+        old_logprobs, ref_logprobs, _, values = measured
         scores = online.shape_scores(scores, samples, ppo)
-        pair = (learner.logprobs, ref_logprobs, mask)
+        pair = (old_logprobs, ref_logprobs, mask)
         kl = losses.kl.estimate(*pair, estimator=ppo.kl_estimator)
-        rewards = losses.kl_shaped_rewards(scores, kl, mask, kl_coef=state.kl_coef)
+        rewards = losses.kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
         if ppo.whiten_rewards:
             rewards = masked.whiten(rewards, mask, shift_mean=False)
         advantages, returns = losses.gae(
@@ -148,18 +147,18 @@ def make_assess(models: Models, config: ConfigDict) -> Callable:
             advantages = masked.whiten(advantages, mask, shift_mean=True)
 
         experience = Experience(
-            transcript=transcript,
-            old_logprobs=learner.logprobs,
+            transcript=transcript._replace(layout=None),
+            old_logprobs=old_logprobs,
             values=values,
             advantages=advantages,
             returns=returns,
             sequence_kl=losses.kl.k1(*pair).sum(axis=1),
         )
-        penalty = -state.kl_coef * masked.sum(kl, mask, axis=1)
-        metrics = online.policy_metrics(learner, ref_logprobs, samples) | {
+        penalty = -kl_coef * masked.sum(kl, mask, axis=1)
+        metrics = online.policy_metrics(measured, samples) | {
             "reward/kl_penalty": penalty.mean(),
             "reward/with_kl": (scores + penalty).mean(),
-            "kl/coef": state.kl_coef,
+            "kl/coef": kl_coef,
             "value/mean": masked.mean(values, mask),
             "value/return_mean": masked.mean(returns, mask),
             "value/return_std": jnp.sqrt(masked.var(returns, mask)),
@@ -184,7 +183,7 @@ def make_loss(models: Models, config: ConfigDict) -> Callable:
     def loss(params: Networks, rows: Experience, count, frozen):
         mask = rows.transcript.mask
         learner = policy_logprobs(join(params.policy, frozen), rows.transcript)
-        values = values_of(models, params.critic, rows.transcript, learner.hidden)
+        values = values_of(models, params.critic, rows.transcript, learner)
         policy_loss, policy = losses.clipped_surrogate(
             learner.logprobs,
             rows.old_logprobs,
@@ -226,9 +225,8 @@ def make_update(
 ) -> Callable:
     """Builds `update(state, experience, order, frozen)` (steps 5 and 6).
 
-    `order` [E, M, R] int32 holds the row numbers of each of M minibatches in each of E
-    epochs, `frozen` what of the policy is not trained. Returns (state, metrics); the
-    state is donated.
+    `order` says which rows each optimizer step learns from, `frozen` is what of the
+    policy is not trained. Returns (state, metrics); the state is donated.
     """
     ppo = config.ppo
     learn = make_learn(
@@ -243,7 +241,7 @@ def make_update(
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, experience: Experience, order: jax.Array, frozen=None):
+    def update(state: State, experience: Experience, order: Minibatches, frozen=None):
         networks = Networks(state.policy, state.critic)
         params, opt_state, metrics = learn(
             networks, state.opt_state, experience, order, frozen
@@ -259,7 +257,7 @@ def make_update(
             )
         state = State(params.policy, params.critic, opt_state, kl_coef)
         return state, metrics | {
-            f"optimizer/{part}_lr": learning_rate(opt_state.inner_states[part])
+            f"optimizer/{part}_lr": learning_rate(opt_state.inner.inner_states[part])
             for part in Networks._fields
         }
 
@@ -273,6 +271,11 @@ def validate(config: ConfigDict, mesh: Mesh) -> None:
     # A shorter horizon could turn the coefficient's sign.
     horizon = {"ppo.adaptive_kl.horizon": (config.rollout.prompts / 5, math.inf)}
     common.check_ranges(config, RANGES | horizon)
+    if config.critic.shared and config.rollout.reuse_logprobs:
+        raise UserError(
+            "config.rollout.reuse_logprobs saves the policy's forward pass, which "
+            "config.critic.shared needs for its values: turn one of the two off"
+        )
     if 0 < config.ppo.dual_clip < 1:
         raise UserError(
             f"config.ppo.dual_clip={config.ppo.dual_clip} must be at least 1, or 0: off"
@@ -296,6 +299,7 @@ def make_state(
         {part: make_optimizer(config.optimizer, lr, steps) for part, lr in lrs.items()},
         Networks("policy", "critic"),
     )
+    optimizer = nonfinite.guard(optimizer)
     opt_state = loading.init_optimizer(optimizer, params, mesh)
     kl_coef = np.float32(config.ppo.kl_coef)
     kl_coef = sharding.to_devices(kl_coef, sharding.replicated(mesh))
@@ -316,22 +320,37 @@ def make_phase(
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, rows)`: steps 1 to 6."""
     collect = online.make_collect(config, mesh, sample, rewards, prompts)
-    assess = make_assess(models, config)
+    measure = online.make_measure(
+        models.policy, config, functools.partial(values_of, models)
+    )
+    assess = make_assess(config)
     update = make_update(models, config, optimizer)
-    batch, ppo = config.rollout.prompts, config.ppo
+    order_of = make_order(config, config.ppo, mesh)
+    lay_out = functools.partial(online.lay_out, config.ppo, mesh)
 
     def run_phase(state, phase):
         jax.block_until_ready(state)  # the last update is not this rollout's time
-        collected = collect(join(state.policy, frozen), phase)
+        policy = join(state.policy, frozen)
+
+        def meanwhile(transcript, samples):
+            return measure(
+                policy, reference, lay_out(transcript), samples, state.critic
+            )
+
+        collected = collect(policy, phase, meanwhile)
         _, _, transcript, samples = collected.rollout
         experience, metrics = assess(
-            state, reference, transcript, samples, collected.scores, frozen
+            collected.measured, state.kl_coef, transcript, samples, collected.scores
         )
         key = keys.branch_key(config.seed, keys.ORDER, phase)
-        order = minibatch_order(key, batch, ppo.epochs, ppo.minibatches)
+        order = order_of(key, transcript)
         state, learned = update(state, experience, order, frozen)
         rows, measured = online.report(config, collected, experience.sequence_kl)
-        return state, metrics | learned | measured | {"episodes": phase * batch}, rows
+        return (
+            state,
+            metrics | learned | measured | {"episodes": phase * config.rollout.prompts},
+            rows,
+        )
 
     return run_phase
 

@@ -13,8 +13,9 @@ from configs.grpo import get_config
 from rlhf_jax.losses.policy_variants import VARIANTS
 from rlhf_jax.rollout.generate import Responses
 from rlhf_jax.rollout.logprobs import Transcript
-from rlhf_jax.trainers import grpo
+from rlhf_jax.trainers import grpo, online
 from rlhf_jax.trainers.grpo_settings import ADVANTAGES
+from rlhf_jax.trainers.minibatches import Minibatches
 
 from .one_phase import distance
 
@@ -80,9 +81,11 @@ def make_config(**changes):
 
 
 def assess(kept=EVERY, scores=SCORES, **changes):
-    run = grpo.make_assess(BIGRAMS, make_config(**changes))
+    config = make_config(**changes)
+    measure = online.make_measure(BIGRAMS, config)
+    measured = measure(WEIGHTS, REFERENCE, TRANSCRIPT, SAMPLES)
     given = TRANSCRIPT, SAMPLES, jnp.asarray(scores), jnp.asarray(kept)
-    return jax.device_get(run(WEIGHTS, REFERENCE, *given))
+    return jax.device_get(grpo.make_assess(config)(measured, *given))
 
 
 def whitened(tokens):
@@ -276,7 +279,7 @@ def update(variant, rows, **changes):
     optimizer, run = compiled(variant, tuple(changes.items()))
     weights = jax.tree.map(jnp.array, WEIGHTS)
     state = grpo.State(weights, optimizer.init(weights))
-    order = jnp.array(rows, jnp.int32).reshape(1, 1, -1)
+    order = Minibatches(jnp.array(rows, jnp.int32).reshape(1, 1, -1))
     state, metrics = run(state, experience_of(variant), order)
     return jax.device_get((state.policy, metrics))
 

@@ -15,7 +15,8 @@ from configs.grpo import get_config
 from rlhf_jax import loading, sharding
 from rlhf_jax.losses.policy_variants import VARIANTS
 from rlhf_jax.models.pretrained import load_pretrained
-from rlhf_jax.trainers import grpo
+from rlhf_jax.trainers import grpo, online
+from rlhf_jax.trainers.minibatches import Minibatches
 from rlhf_jax.trainers.optimizer import make_optimizer
 
 from .one_phase import (
@@ -53,8 +54,9 @@ def assess(config, policy, mesh):
     reference["unembed"]["kernel"] *= saved()["unembedding_scale"]
     rollout = rollout_of(saved(), mesh)
     kept = sharding.to_devices(np.ones(len(rollout[-1]), bool), sharding.rows(mesh))
-    run = grpo.make_assess(policy.model, config)
-    return run(policy.params, reference, *rollout, kept)
+    measure = online.make_measure(policy.model, config)
+    measured = measure(policy.params, reference, *rollout[:2])
+    return grpo.make_assess(config)(measured, *rollout, kept)
 
 
 class Updates(NamedTuple):
@@ -106,7 +108,10 @@ def updates(variant, *, split=False) -> Updates:
             }
         )
         nothing = given._replace(mask=rows(np.zeros_like(saved()["mask"])))
-        state, order = grpo.State(policy.params, opt_state), saved()["order"]
+        state, order = (
+            grpo.State(policy.params, opt_state),
+            Minibatches(saved()["order"]),
+        )
         pieces, found = [shard_shapes(state)], []
         for experience in (given, fresh, padded, scrambled, nothing):
             found.append(update(loading.copy(state), experience, order))

@@ -67,6 +67,10 @@ def make_world(differs, *, draws, mesh=None):
     return World(informative.make_collect(*given), asked, online.make_collect(*given))
 
 
+def nothing(transcript, samples):
+    return None
+
+
 def drawn_as(collected):
     """The index that each row was drawn with."""
     return np.asarray(collected.rollout.transcript.responses)[:, 0].tolist()
@@ -97,7 +101,7 @@ def rows_of(*groups):
 )
 def test_the_first_groups_that_differ(differs, draws, taken, kept, drawn):
     collect, asked, _ = make_world(differs, draws=draws)
-    collected, rows_kept, count = collect(None, 1)
+    collected, rows_kept, count = collect(None, 1, nothing)
     assert drawn_as(collected) == rows_of(*taken)
     assert np.asarray(rows_kept).tolist() == [True] * kept * GROUP + [False] * (
         (GROUPS - kept) * GROUP
@@ -107,7 +111,7 @@ def test_the_first_groups_that_differ(differs, draws, taken, kept, drawn):
 
 def test_all_that_belongs_to_a_row_goes_with_it():
     collect, *_ = make_world({1, 2, 4, 5}, draws=2)
-    collected, _, _ = collect(None, 1)
+    collected, _, _ = collect(None, 1, nothing)
     index = np.array(rows_of(1, 2, 4, 5))
     rollout = collected.rollout
     numbers = np.asarray(rollout.transcript.prompts)[:, 0]
@@ -129,8 +133,8 @@ def test_all_that_belongs_to_a_row_goes_with_it():
 def test_no_prompt_and_no_number_is_drawn_twice():
     """In two phases of three draws: 24 of the 32 prompts, each once."""
     collect, asked, _ = make_world(set(), draws=3)
-    collect(None, 1)
-    collect(None, 2)
+    collect(None, 1, nothing)
+    collect(None, 2, nothing)
     texts = [text for texts, _ in asked for text in texts]
     assert len(texts) == len(set(texts)) == 24
     numbers = [list(range(8)), list(range(8, 16)), list(range(16, 24))]
@@ -141,11 +145,11 @@ def test_a_phase_does_not_depend_on_those_before():
     """As after a resumption; nor on how often the phase before had to draw."""
     for differs in (set(), {0, 1, 2, 3}):
         collect, asked, _ = make_world(differs, draws=3)
-        collect(None, 1)
+        collect(None, 1, nothing)
         asked.clear()
-        collect(None, 2)
+        collect(None, 2, nothing)
         alone, asked_alone, _ = make_world(differs, draws=3)
-        alone(None, 2)
+        alone(None, 2, nothing)
         assert asked == asked_alone
 
 
@@ -162,8 +166,8 @@ def assert_same(collected, other):
 def test_off_is_the_phase_without_it():
     collect, asked, plain = make_world({1}, draws=0)
     for phase in (1, 2, 3):
-        collected, kept, _ = collect(None, phase)
-        assert_same(collected, plain(None, phase))
+        collected, kept, _ = collect(None, phase, nothing)
+        assert_same(collected, plain(None, phase, nothing))
         assert kept.all()
         assert asked[-2] == asked[-1]
 
@@ -172,8 +176,10 @@ def test_on_eight_devices():
     """The same rows, over data and fsdp as the update wants them."""
     mesh = sharding.make_mesh(**SPLIT)
     differs = {1, 2, 5, 7}
-    collected, kept, _ = make_world(differs, draws=2, mesh=mesh).collect(None, 1)
-    want, want_kept, _ = make_world(differs, draws=2).collect(None, 1)
+    collected, kept, _ = make_world(differs, draws=2, mesh=mesh).collect(
+        None, 1, nothing
+    )
+    want, want_kept, _ = make_world(differs, draws=2).collect(None, 1, nothing)
     assert_same(collected, want)
     np.testing.assert_array_equal(kept, want_kept)
     arrays = (*collected.rollout[2:], collected.scores, kept)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import keys, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.trainers.minibatches import (
+    Minibatches,
     check_minibatches,
     make_learn,
     minibatch_order,
@@ -54,7 +55,12 @@ def learn(order, *, accumulation=1, target_kl=0.0, start=0.0, frozen=0.0):
         norms=lambda grads: {"policy/grad_norm": jnp.abs(grads)},
     )
     x = jnp.float32(start)
-    given = optax.sgd(0.5).init(x), TARGETS, jnp.array(order), jnp.float32(frozen)
+    given = (
+        optax.sgd(0.5).init(x),
+        TARGETS,
+        Minibatches(jnp.array(order)),
+        jnp.float32(frozen),
+    )
     x, _, metrics = jax.jit(run)(x, *given)
     return float(x), {name: float(value) for name, value in metrics.items()}
 

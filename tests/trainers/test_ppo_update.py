@@ -13,6 +13,7 @@ import pytest
 from configs.ppo import get_config
 from rlhf_jax import loading, sharding
 from rlhf_jax.trainers import ppo
+from rlhf_jax.trainers.minibatches import Minibatches
 
 from .one_phase import (
     SOURCE,
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     state: ppo.State
     reference: Any
     rollout: tuple  # transcript, samples, scores
+    measure: Any
     assess: Any
     update: Any
 
@@ -66,9 +68,12 @@ def make_setup(config, mesh) -> Setup:
     reference = jax.tree.map(jnp.copy, policy.params)
     reference["unembed"]["kernel"] *= arrays["unembedding_scale"]
     rollout = rollout_of(arrays, mesh)
-    assess = ppo.make_assess(models, config)
+    measure = ppo.online.make_measure(
+        models.policy, config, functools.partial(ppo.values_of, models)
+    )
+    assess = ppo.make_assess(config)
     update = ppo.make_update(models, config, optimizer)
-    return Setup(state, reference, rollout, assess, update)
+    return Setup(state, reference, rollout, measure, assess, update)
 
 
 class Phase(NamedTuple):
@@ -96,13 +101,16 @@ def _run(calls, split, changes):
     mesh = sharding.make_mesh(**SPLIT) if split else single_mesh()
     with jax.set_mesh(mesh):
         setup = make_setup(config, mesh)
-        experience, assessed = setup.assess(
-            setup.state, setup.reference, *setup.rollout
+        state = setup.state
+        measured = setup.measure(
+            *(state.policy, setup.reference, *setup.rollout[:2], state.critic)
         )
-        order = saved()["order"]
+        experience, assessed = setup.assess(measured, state.kl_coef, *setup.rollout)
+        whole = saved()["order"]
         state, history, pieces = setup.state, [], [pieces_of(setup.state)]
-        for part in order.reshape(4, 1, 1, -1) if calls == 4 else [order]:
-            state, metrics = setup.update(state, experience, jnp.asarray(part))
+        for part in whole.reshape(4, 1, 1, -1) if calls == 4 else [whole]:
+            order = Minibatches(jnp.asarray(part))
+            state, metrics = setup.update(state, experience, order)
             history.append(jax.device_get(metrics))
         pieces.append(pieces_of(state))
         return Phase(*jax.device_get((experience, assessed, history, state)), pieces)
@@ -242,7 +250,7 @@ def test_the_updated_state_keeps_its_sharding():
     assert before == after
     weights, moments = after
     assert weights["policy"]["layers"]["attention"]["query"]["kernel"] == (2, 16, 16)
-    mu = moments.inner_states["critic"].inner_state[1].mu
+    mu = moments.inner.inner_states["critic"].inner_state[1].mu
     assert mu.critic["layers"]["attention"]["query"]["kernel"] == (2, 16, 16)
 
 

@@ -10,14 +10,18 @@ of its dimensions; `MESH_AXES` maps those onto the mesh. Everything runs on a me
 a single device being the mesh 1 x 1 x 1.
 """
 
+import collections
+import functools
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,23 +72,45 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """Builds the mesh over all devices of all hosts.
+
+    Within a slice (chips of a TPU pod that are wired to each other, GPUs of a host)
+    devices talk much faster than between slices. `tensor` never leaves a slice, and
+    where there are several, `data` alone goes over them. GPUs may have `fsdp` across
+    hosts too, where `data` does not divide: over their network it costs less.
 
     Args:
       data: size of the `data` axis; -1 in one place means "what is left".
       fsdp: size of the `fsdp` axis.
       tensor: size of the `tensor` axis.
+      devices: of all hosts; None takes those that JAX finds.
 
     Returns:
       A mesh with the axes `("data", "fsdp", "tensor")`, all of them Auto.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or an axis that
+        has to stay inside a slice does not fit into one.
     """
-    sizes = [data, fsdp, tensor]
-    available = jax.device_count()
-    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _fill_sizes((data, fsdp, tensor), len(devices))
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _told(sizes: Sequence[int]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+
+
+def _fill_sizes(sizes: tuple[int, ...], available: int) -> tuple[int, ...]:
+    """The sizes with a number in place of -1."""
+    asked = _told(sizes)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"mesh {asked} is not valid: every axis is at least 1, "
@@ -96,8 +122,55 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh {asked} does not fit {available} device(s): the sizes must "
             f"multiply to {available}; change config.mesh"
         )
-    sizes = [available // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return tuple(available // known if size == -1 else size for size in sizes)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """Devices that are near each other, in groups.
+
+    TPUs tell their slice, and so do GPUs where JAX knows it; else those of one process
+    are together, if there are several. CPUs are all in one group.
+    """
+    if devices[0].platform == "cpu":
+        return [list(devices)]
+    key = lambda device: getattr(device, "slice_index", None)
+    if None in map(key, devices):
+        per_process = collections.Counter(d.process_index for d in devices)
+        if devices[0].platform == "tpu" or min(per_process.values()) == 1:
+            return [list(devices)]
+        key = lambda device: device.process_index
+    ordered = sorted(devices, key=key)
+    return [list(group) for _, group in itertools.groupby(ordered, key)]
+
+
+def _arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [data, fsdp, tensor], the near ones beside each other."""
+    slices = _slices(devices)
+    data, fsdp, tensor = sizes
+    count, each = len(slices), len(slices[0])
+    lay_out = functools.partial(
+        mesh_utils.create_device_mesh, allow_split_physical_axes=True
+    )
+    if count == 1:
+        return lay_out(sizes, devices)
+    if any(len(group) != each for group in slices):
+        found = ", ".join(str(len(group)) for group in slices)
+        raise UserError(
+            f"the {count} slices or hosts have {found} devices: a mesh needs the same "
+            "number on each, so start the run on equal ones"
+        )
+    if data % count == 0:
+        inner = data // count, fsdp, tensor
+        return np.concatenate([lay_out(inner, group) for group in slices])
+    if devices[0].platform != "tpu" and each % tensor == 0:
+        ordered = [device for group in slices for device in group]
+        return np.array(ordered, object).reshape(sizes)
+    inside = "tensor" if devices[0].platform != "tpu" else "fsdp and tensor"
+    raise UserError(
+        f"mesh {_told(sizes)} does not fit {count} slices or hosts of {each} devices: "
+        f"{inside} must stay inside one, so take data a multiple of {count} and fsdp x "
+        f"tensor a divisor of {each}; change config.mesh"
+    )
 
 
 def path_string(path: tuple) -> str:
@@ -186,6 +259,15 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     kept = (a if a and d % ways(a) == 0 else None for a, d in zip(axes, x.shape))
     return jax.lax.with_sharding_constraint(x, P(*kept))
+
+
+def gather_vocabulary(table: jax.Array) -> jax.Array:
+    """A table [V, D] as it is used: whole but for `tensor`, which cuts V.
+
+    To be called on a table in compute dtype, which has half the bytes to move.
+    """
+    # Cut as it lies first: else the cast would follow the gather.
+    return constrain(constrain(table, "tensor", "fsdp"), "tensor", None)
 
 
 def batch_shards() -> int:

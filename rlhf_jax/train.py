@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rlhf_jax import compilations, progress
 from rlhf_jax.command_line import run_command
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import join_hosts
@@ -43,11 +44,13 @@ def train(config: ConfigDict) -> None:
             f"config.algorithm={config.algorithm!r} is unknown; "
             f"take one of {', '.join(ALGORITHMS)}"
         )
+    compiled = compilations.watch()
     try:
         run = importlib.import_module(ALGORITHMS[config.algorithm]).run
         if config.algorithm == "pipeline":
             run = functools.partial(run, train=train)  # of its stages
         run(config)
+        progress.say(progress.make_console(), f"{compiled.report()}")
     except AttributeError as error:
         *_, last = traceback.walk_tb(error.__traceback__)
         if "ml_collections" not in last[0].f_code.co_filename:
@@ -56,6 +59,8 @@ def train(config: ConfigDict) -> None:
             f"the config has no setting {_quoted(error)[0]!r}, which "
             f"{config.algorithm} needs: see its file in configs/"
         ) from error
+    finally:
+        compiled.close()
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -16,7 +16,16 @@ LAYERS = [
     {"models", "sharding", "hosts", "keys", "trees"},
     {
         *("data", "checkpoint", "loading", "memory", "metrics", "monitor", "plots"),
-        *("progress", "run_files", "text_signals", "trainable", "watch"),
+        *(
+            "compilations",
+            "nonfinite",
+            "preemption",
+            "preflight",
+            "progress",
+            "run_files",
+            "text_signals",
+        ),
+        *("trainable", "watch"),
     },
     {"rollout", "rewards"},
     {"evaluation", "analysis"},
@@ -28,7 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm
 SHARED_BY_TRAINERS = {
     *("common", "informative", "minibatches", "offline", "online", "optimizer"),
-    *("grpo_settings", "dpo_settings", "reference"),
+    *("grpo_settings", "dpo_settings", "reference", "rollback"),
 }
 
 

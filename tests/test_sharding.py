@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -149,6 +151,101 @@ def test_mesh_sizes(sizes, want):
 def test_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "tpu"
+    device_kind: str = "made up"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return self.id % 2, self.id // 2 % 2, self.slice_index or 0
+
+
+def pod(slices, each, platform="tpu", seed=0):
+    """Devices of several slices, two to a process, in any order."""
+    made = [
+        Device(i, i // 2, i // each, platform=platform) for i in range(slices * each)
+    ]
+    return [made[i] for i in np.random.default_rng(seed).permutation(len(made))]
+
+
+def gpus(hosts, each):
+    """Devices whose slice nobody knows, one process a host."""
+    return [Device(i, i // each, platform="gpu") for i in range(hosts * each)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        ((-1, 4, 1), (2, 4, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((8, 1, 1), (8, 1, 1)),
+        ((4, 2, 1), (4, 2, 1)),
+    ],
+)
+def test_only_the_data_axis_goes_over_slices(sizes, want):
+    """Two slices of four: places along fsdp and tensor share a slice."""
+    mesh = sharding.make_mesh(*sizes, devices=pod(2, 4))
+    assert mesh.devices.shape == want
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+    of_row = [{d.slice_index for d in row.flat} for row in mesh.devices]
+    assert all(len(found) == 1 for found in of_row)
+    half = len(of_row) // 2
+    assert of_row == [{0}] * half + [{1}] * half
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (3, 2, 2)])
+def test_fsdp_stays_inside_a_slice(sizes):
+    devices = pod(2, 4) if math.prod(sizes) == 8 else pod(2, 6)
+    told = "data={} x fsdp={} x tensor={}".format(*sizes)
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(*sizes, devices=devices)
+    each = len(devices) // 2
+    assert str(error.value) == (
+        f"mesh {told} does not fit 2 slices or hosts of {each} devices: fsdp and "
+        "tensor must stay inside one, so take data a multiple of 2 and fsdp x tensor "
+        f"a divisor of {each}; change config.mesh"
+    )
+
+
+def test_slices_of_unequal_size():
+    devices = pod(2, 4)
+    devices = [d for d in devices if d.id != 7] + [Device(8, 4, 0)]
+    with pytest.raises(UserError, match=r"the 2 slices or hosts have 5, 3 devices"):
+        sharding.make_mesh(devices=devices)
+
+
+def test_hosts_with_gpus_are_slices_that_fsdp_may_leave():
+    inside = sharding.make_mesh(2, 4, 1, devices=gpus(2, 4)).devices
+    assert [[d.process_index for d in row.flat] for row in inside] == [[0] * 4, [1] * 4]
+    across = sharding.make_mesh(1, 4, 2, devices=gpus(2, 4)).devices
+    # Each pair along tensor is on one host.
+    assert [[d.process_index for d in pair] for pair in across[0]] == [
+        *([[0, 0]] * 2),
+        *([[1, 1]] * 2),
+    ]
+    with pytest.raises(UserError, match=r"2 slices or hosts of 4 .*: tensor must stay"):
+        sharding.make_mesh(1, 1, 8, devices=gpus(2, 4))
+
+
+def test_one_gpu_a_process_says_nothing_of_hosts():
+    mesh = sharding.make_mesh(1, 1, 8, devices=gpus(8, 1))
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+
+
+def test_processes_of_cpus_are_no_slices():
+    devices = [dataclasses.replace(d, platform="cpu") for d in gpus(2, 4)]
+    assert sharding.make_mesh(1, 1, 8, devices=devices).devices.shape == (1, 1, 8)
 
 
 def test_a_batch_that_does_not_divide(mesh):

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     label_smoothing: float
     num_chunks: int | None = None
     batch_shards: int = 1
+    gather: Callable[[jax.Array], jax.Array] | None = None
 
 
 def make_options(temperature, logit_softcap, label_smoothing=0.0):

@@ -9,6 +9,7 @@ chunk again in the backward pass.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def token_logprobs(
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     batch_shards: int = 1,
+    gather: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target token, and the entropy it was drawn with.
 
@@ -77,6 +79,9 @@ def token_logprobs(
         then sums its own gradient of the unembedding over all chunks, and they add up
         once in the end; with 1 they add up at every chunk. Divides B.
 
+      gather: called with the unembedding in the dtype of `hidden`, before the chunks;
+        on a mesh it lays it out as every chunk needs it. Hashable; None: no change.
+
     Returns:
       (logprobs, entropy), both float32 [B, T] in nats; zero in masked slots.
 
@@ -102,7 +107,9 @@ def token_logprobs(
     check_whole("batch_shards", batch_shards, 1, divides, multiple=B)
     num_chunks = count_chunks(chunk_size, T)
     options = make_options(temperature, logit_softcap, label_smoothing)
-    options = options._replace(num_chunks=num_chunks, batch_shards=batch_shards)
+    options = options._replace(
+        num_chunks=num_chunks, batch_shards=batch_shards, gather=gather
+    )
 
     hidden = keep_real(hidden, mask)
     targets = jnp.asarray(targets).astype(jnp.int32)
@@ -195,9 +202,14 @@ def _token_logprobs(options, hidden, unembedding, targets):
     return _forward(options, hidden, unembedding, targets)[0]
 
 
+def _cast(options, hidden, unembedding):
+    cast = unembedding.astype(hidden.dtype)
+    return cast if options.gather is None else options.gather(cast)
+
+
 def _forward(options, hidden, unembedding, targets):
     keep_logits = options.num_chunks is None
-    cast = unembedding.astype(hidden.dtype)
+    cast = _cast(options, hidden, unembedding)
 
     def chunk(_, inputs):
         h, y = inputs
@@ -218,7 +230,7 @@ def _backward(options, residuals, cotangents):
     ∂log p(y)/∂zᵥ = qᵥ − pᵥ,   ∂H/∂zᵥ = −pᵥ (log pᵥ + H)
     """
     hidden, unembedding, targets, entropy, normalizer, kept_logits = residuals
-    cast = unembedding.astype(hidden.dtype)
+    cast = _cast(options, hidden, unembedding)
 
     S = options.batch_shards
 

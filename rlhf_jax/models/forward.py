@@ -4,6 +4,7 @@ Dimensions: B sequences, T tokens of this call, D model width, L layers, K key-v
 heads, h head width.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -74,6 +75,34 @@ def make_context(
     return Context(jnp.cos(angles), jnp.sin(angles), allowed, segments)
 
 
+# Gathered over fsdp in compute dtype, half the bytes to move: rows cut along D could
+# not be laid out by batch. The gradient is summed in float32, and only each device's
+# share of it: the transpose of a gather would sum all of it on every device.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype, table, tokens):
+    """Rows of the table; padding may hold any id, also one past the table's end."""
+    whole = sharding.gather_vocabulary(table.astype(dtype))
+    return whole.at[tokens].get(mode="clip")
+
+
+def _look_up_forward(dtype, table, tokens):
+    return _look_up(dtype, table, tokens), (tokens, table)
+
+
+def _look_up_backward(dtype, saved, gradient):
+    del dtype
+    tokens, table = saved
+    tokens = jnp.clip(tokens, 0, table.shape[0] - 1)
+    # Rows change places within fsdp, and with that each device has its columns.
+    gradient = sharding.constrain(gradient.astype(jnp.float32), "data", None, "fsdp")
+    summed = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient)
+    summed = sharding.constrain(summed, "tensor", "fsdp")
+    return summed.astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def embed(
     config: TransformerConfig,
     dtype: jnp.dtype,
@@ -82,10 +111,7 @@ def embed(
     positions: jax.Array,
 ) -> jax.Array:
     """Token (and learned position) embeddings [B, T, D] in compute dtype."""
-    # Padding may hold any id, also one past the table's end.
-    # Gathered over fsdp first: rows cut along D could not be laid out by batch.
-    table = sharding.constrain(params["embed"]["tokens"], "tensor", None)
-    x = table.at[tokens].get(mode="clip").astype(dtype)
+    x = _look_up(dtype, params["embed"]["tokens"], tokens)
     x = sharding.constrain(x, sharding.BATCH, None, None)
     if config.embedding_scale is not None:
         x = x * jnp.asarray(config.embedding_scale, dtype)

@@ -90,6 +90,7 @@ def score_responses(
         chunk_size=chunk_size,
         logit_softcap=model.config.logit_softcap,
         batch_shards=sharding.batch_shards(),
+        gather=sharding.gather_vocabulary,
     )
     spread = lambda values: packing.spread(layout, values, mask)
     return Scored(spread(logprobs), spread(entropy), hidden)

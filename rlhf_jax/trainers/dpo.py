@@ -117,6 +117,7 @@ def response_logprobs(
     logprobs, _ = losses.token_logprobs(
         *(hidden, unembedding, tokens[:, 1:], spoken),
         batch_shards=sharding.batch_shards(),
+        gather=sharding.gather_vocabulary,
         **options,
     )
     weights = None

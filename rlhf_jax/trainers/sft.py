@@ -93,6 +93,7 @@ def loss_sums(
         logit_softcap=model.config.logit_softcap,
         label_smoothing=config.learning.label_smoothing,
         batch_shards=sharding.batch_shards(),
+        gather=sharding.gather_vocabulary,
     )
     loss = {"nll": losses.next_token_loss, "dft": losses.dft}[config.learning.loss]
     return loss(logprobs, learned[:, 1:])

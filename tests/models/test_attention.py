@@ -72,6 +72,7 @@ def test_plain_equals_a_loop():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it is interpreted on CPUs")
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_tpu_kernel_equals_a_loop(packed):
     """Interpreted, which is for one device; 200 tokens are no full block."""
@@ -110,7 +111,7 @@ def test_the_gpu_kernel_equals_the_plain_one(packed):
         x, y = (np.asarray(a, np.float32) for a in (x, y))
         if x.shape[:2] == real.shape:
             x, y = x[np.asarray(real)], y[np.asarray(real)]
-        np.testing.assert_allclose(x, y, atol=0.03)
+        np.testing.assert_allclose(x, y, atol=0.02, rtol=2.0**-6)  # four roundings
 
 
 def test_which_kernel_serves():

@@ -26,7 +26,7 @@ def respond(llama, settings, *, rows=None, padding=0, mesh=None):
     mask = np.pad(llama.prompt_mask[rows], left)
     index, params = rows.astype(np.int32), llama.params
     if mesh is None:
-        keys = sample_keys(jax.random.key(3), jnp.asarray(index))
+        keys = sample_keys(jax.random.key(5), jnp.asarray(index))
         found = draw(llama.model, params, prompts, mask, keys, settings)
     else:
         with jax.set_mesh(mesh):
@@ -36,7 +36,7 @@ def respond(llama, settings, *, rows=None, padding=0, mesh=None):
                 sharding.param_shardings(params, mesh),
             )
             arrays = sharding.to_devices((prompts, mask, index), sharding.rows(mesh))
-            keys = sample_keys(jax.random.key(3), arrays[2])
+            keys = sample_keys(jax.random.key(5), arrays[2])
             found = draw(llama.model, params, *arrays[:2], keys, settings)
     return jax.device_get(found)
 
@@ -192,7 +192,7 @@ def test_eos_in_the_last_place_counts_as_finished(llama, free):
 def test_a_group_is_its_prompt_asked_again(llama):
     """Read once or read G times: the same responses, each from its own index."""
     group, rows = 3, len(llama.prompts)
-    keys = sample_keys(jax.random.key(3), jnp.arange(group * rows))
+    keys = sample_keys(jax.random.key(5), jnp.arange(group * rows))
     prompts, mask = jnp.asarray(llama.prompts), jnp.asarray(llama.prompt_mask)
     got = draw(llama.model, llama.params, prompts, mask, keys, WARM)
     asked = prompts.repeat(group, axis=0), mask.repeat(group, axis=0)
@@ -237,7 +237,7 @@ def test_slots_of_groups_on_eight_devices(llama):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     index = np.arange(group * rows, dtype=np.int32)
     settings = WARM._replace(slots=12)
-    keys = sample_keys(jax.random.key(3), jnp.asarray(index))
+    keys = sample_keys(jax.random.key(5), jnp.asarray(index))
     want = draw(
         llama.model, llama.params, llama.prompts, llama.prompt_mask, keys, settings
     )
@@ -250,7 +250,7 @@ def test_slots_of_groups_on_eight_devices(llama):
         prompts, mask, index = sharding.to_devices(
             (llama.prompts, llama.prompt_mask, index), sharding.rows(mesh)
         )
-        keys = sample_keys(jax.random.key(3), index)
+        keys = sample_keys(jax.random.key(5), index)
         got = draw(llama.model, params, prompts, mask, keys, settings)
     assert_same(jax.device_get(got), jax.device_get(want))
 

@@ -1,0 +1,336 @@
+"""How much memory a run needs on each device, before anything is compiled.
+
+An estimate is a function of the config and the mesh alone: shapes are traced, nothing
+is loaded, compiled or run. What lives all through the run (weights, reference, critic,
+reward models, optimizer) is counted leaf by leaf as `sharding` lays it out. On top of
+that comes the stage that needs most: sampling, the update, or the rewards. What the
+update keeps for the backward pass is what JAX's own derivative keeps, of the share of
+the model that one device computes: a config with that part of the heads, the width and
+the vocabulary, on that part of the rows.
+
+Dimension key: B rows on one device, T tokens of a row, P of them prompt, N response,
+L layers, D model width, F feed-forward width, H heads, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+from ml_collections import ConfigDict
+
+from rlhf_jax import loading, run_files, sharding, trainable
+from rlhf_jax.models import lora
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.families import FAMILIES, config_from_hf
+from rlhf_jax.models.model_files import find_model, open_tensors, read_config
+from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.trees import join, split
+
+ONLINE = ("ppo", "grpo")
+PAIRED = ("dpo", "reward_model", "cost_model")
+SCORED = ("reward_model", "cost_model")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class Estimate(NamedTuple):
+    """Bytes on one device, by kind.
+
+    Attributes:
+      resident: what lives all through the run.
+      stages: what each stage needs beside that, while it lasts.
+    """
+
+    resident: Mapping[str, int]
+    stages: Mapping[str, Mapping[str, int]]
+
+    @property
+    def stage(self) -> str:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda name: sum(self.stages[name].values()))
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        largest = self.stages[self.stage].values()
+        return sum(self.resident.values()) + sum(largest)
+
+
+def estimate(config: ConfigDict, mesh: Any) -> Estimate:
+    """What a run of this config needs on each device of this mesh.
+
+    Args:
+      config: of PPO, GRPO, DPO, SFT or a reward or cost model.
+      mesh: a `Mesh` or an `AbstractMesh` with the axes of `sharding`.
+    """
+    shape = model_shape(config.model, config)
+    held = _held(config, shape, mesh)
+    stages = {"update": _update(config, shape, held, mesh)}
+    if config.algorithm in ONLINE:
+        stages["log-probabilities"] = _assess(config, shape, mesh)
+    if "rollout" in config:
+        stages["rollout"] = _rollout(config, shape, held["weights"], mesh)
+    resident = {k: v for k, v in held.items() if k != "trained" and v}
+    return Estimate(resident, stages)
+
+
+def model_shape(source: Any, config: ConfigDict) -> TransformerConfig:
+    """The shape of `config.model` or of a critic's source; reads config.json alone."""
+    if isinstance(source, str):
+        source = read_config(
+            find_model(loading.BUILTIN.get(source) or run_files.exported(source))
+        )
+    else:
+        source = source.to_dict()
+    noise = {name: config.get(name, 0.0) for name in ("dropout", "neftune_alpha")}
+    return dataclasses.replace(config_from_hf(source), **noise)
+
+
+def _held(config: ConfigDict, shape: TransformerConfig, mesh: Any) -> dict[str, int]:
+    """What lives all through the run, and "trained": the weights that are."""
+    params = _params(shape, head=config.algorithm in SCORED)
+    if config.lora.rank:
+        rank, targets = config.lora.rank, tuple(config.lora.targets)
+        adapter = jax.eval_shape(
+            lambda: lora.init_adapter(
+                params, jax.random.key(0), rank=rank, targets=targets
+            )
+        )
+        chosen = lambda path: lora.is_adapter(path) or path[0].key == "score"
+        trained, frozen = split(join(params, adapter), chosen)
+    else:
+        trained, frozen = trainable.cut(config, params, mesh)
+    learns, kept = _laid_out(trained, mesh), _laid_out(frozen or {}, mesh)
+    compared = config.algorithm in ONLINE or (
+        config.algorithm == "dpo" and (config.evaluate_kl or config.lora.rank)
+    )
+    if config.lora.rank and not config.lora.get("start", ""):
+        compared = False  # the frozen model is the reference
+    critic = 0
+    if config.algorithm == "ppo":
+        critic = _laid_out(_critic(config, shape), mesh)
+    entries = [*config.get("rewards", {}).values(), *config.get("judges", {}).values()]
+    entries += [config.safety] if "safety" in config else []
+    sources = [entry["source"] for entry in entries if entry["source"]]
+    return {
+        "weights": learns + kept,
+        "reference": learns if compared else 0,
+        "critic": critic,
+        "reward models": sum(_reward_bytes(source, mesh) for source in sources),
+        "optimizer moments": 2 * (learns + critic),
+        "trained": learns + critic,
+    }
+
+
+def _params(shape: TransformerConfig, *, head: bool = False) -> Any:
+    """The weights as shapes."""
+    model = make_model(shape)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), head=head))
+
+
+def _laid_out(params: Any, mesh: Any) -> int:
+    return sum(row.bytes_per_device for row in sharding.plan(params, mesh))
+
+
+def _critic(config: ConfigDict, shape: TransformerConfig) -> Any:
+    if config.critic.shared:
+        return {"score": _params(shape, head=True)["score"]}
+    return _params(_critic_shape(config, shape), head=True)
+
+
+def _critic_shape(config: ConfigDict, shape: TransformerConfig) -> TransformerConfig:
+    source = config.critic.source
+    return shape if source == "policy" else model_shape(source, config)
+
+
+def _reward_bytes(source: Any, mesh: Any) -> int:
+    """The weights of a reward model, or of several; functions have none."""
+    if not isinstance(source, str):
+        return sum(_reward_bytes(one, mesh) for one in source)
+    place = loading.BUILTIN.get(source) or run_files.exported(source)
+    if not pathlib.Path(place).expanduser().is_dir() and not HUB_ID.fullmatch(place):
+        return 0
+    folder = find_model(place)
+    if read_config(folder).get("model_type") in FAMILIES:
+        shape = config_from_hf(read_config(folder))
+        return _laid_out(_params(shape, head=True), mesh)
+    tensors = open_tensors(folder).values()  # a classifier, in float32 on each device
+    return sum(4 * math.prod(tensor.shape) for tensor in tensors)
+
+
+# The share of one device.
+
+
+def ways_of(mesh: Any) -> int:
+    """Over how many devices rows are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _share(shape: TransformerConfig, mesh: Any) -> TransformerConfig:
+    """The model that one device computes: `tensor` cuts what it divides."""
+    ways = mesh.shape["tensor"]
+    cut = lambda size: size // ways if size % ways == 0 else size
+    changes = {"vocab_size": cut(shape.vocab_size), "d_ff": cut(shape.d_ff)}
+    if shape.num_kv_heads % ways == 0:
+        changes["num_heads"] = cut(shape.num_heads)
+        changes["num_kv_heads"] = cut(shape.num_kv_heads)
+    return dataclasses.replace(shape, **changes)
+
+
+def batch_of(config: ConfigDict, mesh: Any) -> tuple[int, int, int]:
+    """(rows of a micro-batch on one device, tokens of each, of which are learned)."""
+    if config.algorithm in ONLINE:
+        learning, rollout = config[config.algorithm], config.rollout
+        rows = phase_rows(config) // (learning.minibatches * learning.accumulation)
+        length = rollout.prompt_tokens + rollout.max_new_tokens
+        return -(-rows // ways_of(mesh)), length, rollout.max_new_tokens
+    rows = config.learning.batch // config.learning.get("accumulation", 1)
+    rows *= 2 if config.algorithm in PAIRED else 1
+    length = config.sequence_tokens
+    learned = 0 if config.algorithm in SCORED else length - 1
+    return -(-rows // ways_of(mesh)), length, learned
+
+
+def phase_rows(config: ConfigDict) -> int:
+    """Responses of a phase of PPO or GRPO."""
+    return config.rollout.prompts * config.rollout.get("group", 1)
+
+
+def _logits(config: ConfigDict, shape: TransformerConfig, rows: int, tokens: int):
+    """Logits, their gradient and what stands between: four times [B, T, V] float32."""
+    chunk = config.get("logprob_chunk", 0)
+    return 4 * 4 * rows * min(chunk or tokens, tokens) * shape.vocab_size
+
+
+# What a backward pass keeps.
+
+
+def _kept(function: Any, *arguments: Any) -> int:
+    """Bytes that the derivative of a function keeps beside the function's arguments."""
+    residuals = lambda *x: jax.tree.leaves(jax.vjp(function, *x)[1])
+    traced = jax.make_jaxpr(residuals)(*arguments).jaxpr
+    known = set(traced.invars) | set(traced.constvars)
+    made = {v for v in traced.outvars if isinstance(v, Var)} - known
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in made)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_of_row(
+    shape: TransformerConfig, dtype: str, remat: str | None, tokens: int
+) -> float:
+    """Bytes that a row of a forward pass leaves for the backward pass.
+
+    `remat` is what is not recomputed, or None if nothing is recomputed.
+    """
+    how = {"remat": remat is not None, "remat_keeps": remat or ""}
+    model, rows = make_model(shape, dtype=dtype, **how), 8
+    params = _params(shape)
+    ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    return _kept(lambda p: _apply(model, p, ids), params) / rows
+
+
+def _remat(config: ConfigDict) -> str | None:
+    return config.get("remat_keeps", "") if config.remat else None
+
+
+def _apply(model: Model, params: Any, ids: jax.ShapeDtypeStruct) -> jax.Array:
+    zeros = jnp.zeros(ids.shape, ids.dtype)
+    return model.apply(params, zeros, zeros + 1)
+
+
+def _layer_of_row(shape: TransformerConfig, dtype: str, tokens: int) -> float:
+    """The same of one layer alone that is not recomputed."""
+    one, two = (
+        _kept_of_row(dataclasses.replace(shape, num_layers=count), dtype, None, tokens)
+        for count in (1, 2)
+    )
+    return two - one
+
+
+# Stages.
+
+
+def _update(
+    config: ConfigDict, shape: TransformerConfig, held: dict, mesh: Any
+) -> dict[str, int]:
+    """Gradients and activations of a micro-batch.
+
+    The layers' backward pass takes the memory of the logits once they are gone. With
+    remat it needs what one layer keeps, else about 0.7 of that, for what was kept is
+    freed meanwhile.
+    """
+    rows, tokens, learned = batch_of(config, mesh)
+    share = _share(shape, mesh)
+    kept = rows * _kept_of_row(share, config.dtype, _remat(config), tokens)
+    layer = rows * _layer_of_row(share, config.dtype, tokens)
+    layer *= 1.0 if config.remat else 0.7
+    if config.algorithm == "ppo" and not config.critic.shared:
+        other = _share(_critic_shape(config, shape), mesh)
+        kept += rows * _kept_of_row(other, config.dtype, _remat(config), tokens)
+    logits = _logits(config, share, rows, learned)
+    learning = config.get(config.algorithm, config.get("learning"))
+    accumulates = learning.get("accumulation", 1) > 1 or (
+        "learning" in config and config.learning.get("accumulation", 1) > 1
+    )
+    name = "logits" if logits > layer else "one layer's backward pass"
+    return {
+        "gradients": (2 if accumulates else 1) * held["trained"],
+        "activations kept": int(kept),
+        name: int(max(logits, layer)),
+        "gathered weights": _gathered(config, shape, mesh),
+    }
+
+
+def _gathered(config: ConfigDict, shape: TransformerConfig, mesh: Any) -> int:
+    """What `fsdp` brings together for a moment: a layer's weights and the tables.
+
+    Of the next layer too, and of each the gradient in float32 before it is scattered.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return 0
+    params = _params(_share(shape, mesh))
+    layers = sum(x.size for x in jax.tree.leaves(params["layers"])) // shape.num_layers
+    tables = 2 * shape.d_model * _share(shape, mesh).vocab_size
+    return layers * (2 * _itemsize(config) + 4) + tables * (_itemsize(config) + 4)
+
+
+def _itemsize(config: ConfigDict) -> int:
+    return jnp.dtype(config.dtype).itemsize
+
+
+def _assess(config: ConfigDict, shape: TransformerConfig, mesh: Any) -> dict[str, int]:
+    """Log-probabilities of all responses of a phase at once, without a backward pass.
+
+    A layer then holds about half of what it would keep.
+    """
+    share, rows = _share(shape, mesh), -(-phase_rows(config) // ways_of(mesh))
+    _, tokens, learned = batch_of(config, mesh)
+    logits = _logits(config, share, rows, learned)
+    layer = rows * _layer_of_row(share, config.dtype, tokens) / 2
+    name = "logits" if logits > layer else "one layer's forward pass"
+    return {name: int(max(logits, layer))}
+
+
+def _rollout(
+    config: ConfigDict, shape: TransformerConfig, weights: int, mesh: Any
+) -> dict[str, int]:
+    """Weights laid out for decoding, the cache of prompts and slots, and logits."""
+    rollout, share = config.rollout, _share(shape, mesh)
+    asked = -(-rollout.get("prompts", 1) // ways_of(mesh))
+    rows = asked * rollout.get("group", 1)
+    slots = min(-(-rollout.get("slots", 0) // ways_of(mesh)) or rows, rows)
+    P, N = rollout.prompt_tokens, rollout.max_new_tokens
+    dtype = jnp.dtype(rollout.get("cache_dtype", "") or config.dtype)
+    head = shape.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
+    token = 2 * shape.num_layers * share.num_kv_heads * head
+    return {
+        "weights for decoding": weights * _itemsize(config) // 4,
+        "KV cache": token * (slots * (P + N) + asked * P),
+        "logits": 4 * 4 * slots * share.vocab_size,
+    }

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import UserError, first_line
 
@@ -124,6 +126,7 @@ def save(
     """
     args = _orbax().args
     wait(manager)
+    _hush()
     with _disk_errors(manager.directory, OSError):
         saved = phase not in manager.all_steps() and manager.save(
             phase,
@@ -153,9 +156,8 @@ def restore(
     """Restores the newest checkpoint that can be read.
 
     One that cannot is reported in a sentence, and set aside as `<phase>.unreadable`
-    once an older one has been read, so that its phase can be saved again. With several
-    processes there is no such fall-back: damage that only one of them meets would send
-    them to different phases.
+    once an older one has been read, so that its phase can be saved again. Several
+    processes agree on the phase: it is the newest that every one of them can read.
 
     Args:
       manager: From `open_checkpoints`.
@@ -172,7 +174,8 @@ def restore(
     failed: dict[int, Exception] = {}
     for phase in sorted(manager.all_steps(), reverse=True):
         found = _try_to_read(_read, manager, phase, policy, train)
-        if isinstance(found, Restored):
+        unread = _processes_without(found)
+        if not unread:
             for bad in failed:
                 aside = _set_aside(manager, bad)
                 say(
@@ -180,12 +183,8 @@ def restore(
                     f"set aside as {aside.name}; going on from phase {phase}"
                 )
             return found
-        if jax.process_count() > 1:
-            raise UserError(
-                f"process {jax.process_index()} cannot read checkpoint "
-                f"{manager.directory / str(phase)} ({_cause(found)}); "
-                "move it away to go on from the one before"
-            ) from found
+        if isinstance(found, Restored):
+            found = ValueError(f"process {unread[0]} of the run cannot read it")
         failed[phase] = found
     if not failed:
         return None
@@ -297,36 +296,41 @@ def _disk_errors(directory: os.PathLike, *kinds: type[Exception]) -> Iterator[No
         # The cause is the last part of tensorstore's chain of messages.
         reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
         raise UserError(
-            f"cannot write a checkpoint in {directory}: {reason}"
+            f"cannot write a checkpoint in {directory}: "
+            f"{reason.partition(' [os_error')[0]}; those before it are whole: once "
+            "that is mended, the same command goes on from the last one"
         ) from error
 
 
 def _read(manager, phase: int, policy: PyTree, train: PyTree) -> Restored:
-    args = _orbax().args
-    items = manager.restore(
-        phase,
-        args=args.Composite(
-            policy=args.StandardRestore(policy),
-            train=args.StandardRestore(train),
-            meta=args.JsonRestore(),
-        ),
+    """Reads what this process needs; the manager's own reading waits for the others.
+
+    One that finds a file damaged would leave them waiting.
+    """
+    ocp, step = _orbax(), pathlib.Path(manager.directory) / str(phase)
+
+    def tree(name: str, target: PyTree) -> PyTree:
+        handler = ocp.StandardCheckpointHandler()
+        return handler.restore(step / name, args=ocp.args.StandardRestore(target))
+
+    meta = ocp.JsonCheckpointHandler().restore(
+        step / "meta", args=ocp.args.JsonRestore()
     )
+    restored = Restored(phase, tree("policy", policy), tree("train", train), meta)
     # Without its file of array types a typed key comes back as plain integers.
-    for target, leaf in zip(jax.tree.leaves(train), jax.tree.leaves(items.train)):
+    for target, leaf in zip(jax.tree.leaves(train), jax.tree.leaves(restored.train)):
         if getattr(target, "dtype", None) != getattr(leaf, "dtype", None):
             raise TypeError(f"expected {target}, found {leaf}")
-    return Restored(phase, items.policy, items.train, items.meta)
+    return restored
 
 
 def _try_to_read(read: Callable, *args) -> Any:
     """Returns what `read(*args)` gives, or the exception of a file that is damaged.
 
-    Running out of memory says nothing about the file and goes up. One damaged chunk
-    ends the reading, and the tasks that read the others complain to the terminal, a
-    page each, whenever Python collects them; so the hook stays after a failure.
+    Running out of memory says nothing about the file and goes up.
     """
     hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_unless_orbax, hook)
+    _hush()
     try:
         result = read(*args)
     except (RuntimeError, MemoryError):
@@ -337,6 +341,17 @@ def _try_to_read(read: Callable, *args) -> Any:
     return result
 
 
+def _hush() -> None:
+    """Keeps the complaints of Orbax's tasks off the terminal.
+
+    One chunk that cannot be read or written ends the whole, and the tasks of the others
+    complain, a page each, whenever Python collects them: so this stays.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "func", None) is not _unless_orbax:
+        sys.unraisablehook = functools.partial(_unless_orbax, hook)
+
+
 def _unless_orbax(hook: Callable, report: Any) -> None:
     """Passes on but a task of Orbax's, and a late answer to its closed event loop."""
     code = getattr(report.object, "cr_code", None)
@@ -345,12 +360,22 @@ def _unless_orbax(hook: Callable, report: Any) -> None:
         hook(report)
 
 
+def _processes_without(found: Any) -> list[int]:
+    """The processes that did not get a checkpoint, where this one got `found`."""
+    got = np.array([isinstance(found, Restored)])
+    if jax.process_count() > 1:
+        got = multihost_utils.process_allgather(got, tiled=True)
+    return np.flatnonzero(~got).tolist()
+
+
 def _set_aside(manager: ocp.CheckpointManager, phase: int) -> pathlib.Path:
     """Renames a step, so that nothing is lost and Orbax no longer sees it."""
     path = pathlib.Path(manager.directory) / str(phase)
     aside = path.with_name(f"{phase}.unreadable")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    if jax.process_index() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    multihost_utils.sync_global_devices(aside.name)  # all see it gone
     manager.reload()
     return aside
 

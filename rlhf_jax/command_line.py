@@ -26,8 +26,8 @@ def run_command(
 ) -> None:
     """Parses the flags, then runs the command.
 
-    A `UserError` is printed as a sentence and ends the process with 2, an interrupt
-    with 130.
+    The exit status is 2 after a `UserError`, which is printed as a sentence, 130 after
+    Ctrl-C, and 143 after SIGTERM. After the last two the same command goes on.
     """
 
     def run(_: Sequence[str]) -> None:

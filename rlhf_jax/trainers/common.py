@@ -4,11 +4,13 @@ A trainer gives `run_loop` its state and a few functions (`Hooks`); everything t
 about cadence, files and what a person sees is here.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,14 +19,30 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import checkpoint, memory, plots, progress, run_files, sharding
+from rlhf_jax import (
+    checkpoint,
+    memory,
+    nonfinite,
+    plots,
+    preemption,
+    preflight,
+    progress,
+    run_files,
+    sharding,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import open_writers
+from rlhf_jax.trainers.rollback import after_halt, exported_row
 from rlhf_jax.watch import Watch
 
-# Settings that a resumed run may give differently: none of them changes a number, the
-# mesh none beyond round-off.
-MAY_CHANGE = ("workdir", "logging", "checkpoint", "mesh", "monitor")
+# Settings that a resumed run may give differently: none of them changes a number of a
+# healthy run, the mesh none beyond round-off.
+MAY_CHANGE = (
+    *("workdir", "logging", "checkpoint", "mesh", "monitor"),
+    *("nonfinite", "grace_s"),
+)
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Hooks(NamedTuple):
@@ -69,7 +87,7 @@ def check_ranges(config: ConfigDict, ranges: Mapping[str, tuple[float, float]]) 
 def print_plan(
     console: Console, config: ConfigDict, mesh: Mesh, models: Mapping[str, Any]
 ) -> None:
-    """Shows where the run computes and how each model is cut over the mesh."""
+    """Shows where the run computes, how models are cut, and the memory it will need."""
     axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     device = mesh.devices.flat[0]
     rows = [
@@ -83,6 +101,7 @@ def print_plan(
     if mesh.size > 1:
         for row in sharding.plan(next(iter(models.values())), mesh):
             rows.append((f"  {row.path}", f"{row.shape}: {row.spec}"))
+    rows += preflight.rows(config, mesh)
     progress.show_plan(console, f"rlhf_jax {config.algorithm}", rows)
 
 
@@ -98,22 +117,46 @@ def run_loop(
     Phase 0 is the untrained model, evaluated and saved, so that everything after it
     can be compared and resumed. The metrics of a phase are fetched while the next one
     computes, and always before its checkpoint is written: after a kill, what the run
-    folder holds past the restored phase is dropped and made again, bit for bit.
+    folder holds past the restored phase is dropped and made again, bit for bit. Going
+    back from numbers that are not finite is the same, but for the phase left out.
 
     Returns:
       The trained state.
 
     Raises:
-      UserError: a metric is not finite.
+      UserError: a number is not finite, or the disk cannot be written.
+      Stopped: SIGTERM or Ctrl-C, see `preemption`.
     """
     memory.reset_peak_memory()
+    say = lambda text: progress.say(console, text)
+    left_out: tuple[int, ...] = ()
+    with preemption.listen(config.grace_s, say) as stop, _disk_errors(files):
+        while True:
+            try:
+                return _train(config, files, console, state, hooks, stop, left_out)
+            except nonfinite.BadPhaseError as bad:
+                say(f"{bad}; it is left out, from the newest checkpoint on")
+                left_out = (*left_out, bad.phase)
+
+
+def _train(
+    config: ConfigDict,
+    files: run_files.RunFiles,
+    console: Console,
+    state: Any,
+    hooks: Hooks,
+    stop: preemption.Stop,
+    left_out: tuple[int, ...],
+) -> Any:
+    """`run_loop` without the phases `left_out`; raises `BadPhaseError` at one more."""
+    say = lambda text: progress.say(console, text)
     manager = checkpoint.open_checkpoints(
         files.checkpoints,
         keep=config.checkpoint.keep or None,
         keep_every=config.checkpoint.keep_every,
     )
-    say = lambda text: progress.say(console, text)
-    state, done = _restore(manager, state, say)
+    state, done, meta = _restore(manager, state, say)
+    left_out = tuple(sorted({*left_out, *meta.get("left_out", ())}))
     run_files.drop_after(files, -1 if done is None else done)
     writers = open_writers(
         files,
@@ -125,19 +168,26 @@ def run_loop(
         console, config.total_phases, hooks.fields, first=done or 0
     )
     watch = Watch(config.monitor, files, say, done=done)
-    log = _Log(writers.write, bar.update, watch.see)
-    finish = functools.partial(_finish_phase, config, files, console, manager, log)
+    judge = nonfinite.Judge(config.nonfinite, say, state, left_out)
+    log = _Log(writers.write, bar.update, watch.see, judge.see)
+    save = functools.partial(_save, config, manager, log, left_out)
+    finish = functools.partial(_finish_phase, config, files, console, save)
+    phase = done
     try:
         if done is None:
-            done = 0
+            done = phase = 0
             metrics, rows = hooks.evaluate(state)
-            log.put(0, metrics | watch.judge_drop(rows))
+            log.put(state, 0, metrics | watch.judge_drop(rows))
             finish(state, 0, rows)
         for phase in range(done + 1, config.total_phases + 1):
             if watch.halted:
                 break
+            if stop.asked(phase):
+                _leave(stop, manager, save, state, phase - 1, say)
             started = time.perf_counter()
-            state, metrics, rows = hooks.run_phase(state, phase)
+            with stop.may_drop():
+                after = _run_phase(hooks, state, phase, left_out)
+            state, metrics, rows = after
             log.flush()
             last = phase == config.total_phases or bool(watch.halted)
             last = last or watch.would_halt(phase, metrics)
@@ -145,11 +195,16 @@ def run_loop(
                 held_out, held_out_rows = hooks.evaluate(state)
                 metrics |= held_out | watch.judge_drop(held_out_rows)
                 rows = [*held_out_rows, *rows]
-            log.put(phase, metrics | _measured(started))
+            log.put(state, phase, metrics | _measured(started))
             finish(state, phase, rows, last=last)
         log.flush()
+        if stop.asked(config.total_phases + 1):
+            _leave(stop, manager, save, state, phase, say)
         checkpoint.wait(manager)
-        state = _after_halt(config, files, state, watch, say)
+        action = config.monitor.action
+        state = after_halt(action, files, state, watch, hooks.evaluate, say)
+    except preemption.Dropped:
+        _leave(stop, manager, save, state, phase - 1, say)
     except KeyboardInterrupt:
         say("stopped by hand; the same command goes on from the last checkpoint")
         raise
@@ -163,40 +218,71 @@ def run_loop(
 class _Log:
     """Holds the newest phase's metrics until they are asked for, one step late."""
 
-    def __init__(self, write, show, watch):
+    def __init__(self, write, show, watch, judge):
         self._write, self._show, self._watch = write, show, watch
-        self._pending: tuple[int, dict] | None = None
+        self._judge = judge
+        self._pending: tuple[int, dict, Any] | None = None
 
-    def put(self, phase: int, metrics: dict) -> None:
+    def put(self, state: Any, phase: int, metrics: dict) -> None:
         self.flush()
-        self._pending = phase, metrics
+        self._pending = phase, metrics, nonfinite.counts_of(state)
 
     def flush(self) -> None:
         if self._pending is None:
             return
-        (phase, metrics), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
-        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"phase {phase}: {', '.join(bad)} is not finite, so training stops; "
-                "nothing past the last checkpoint was saved: lower the learning rate, "
-                "or clip gradients with config.optimizer.clip_norm"
-            )
+        (phase, metrics, counts), self._pending = self._pending, None
+        metrics = self._judge(phase, *jax.device_get((metrics, counts)))
         self._write(phase, metrics)
         self._show(phase, metrics)
         self._watch(phase, metrics)
 
 
+@contextlib.contextmanager
+def _disk_errors(files: run_files.RunFiles) -> Iterator[None]:
+    """Says in a sentence that the disk is full, or a folder went away."""
+    try:
+        yield
+    except OSError as error:
+        ours = str(files.workdir) in str(error.filename)
+        if error.errno not in DISK_ERRORS and not ours:
+            raise  # a remote reward's errors are OSErrors too
+        place = error.filename or files.workdir
+        raise UserError(
+            f"cannot write {place}: {error.strerror}; the checkpoints up to here are "
+            "whole: once that is mended, the same command goes on from the last one"
+        ) from error
+
+
+def _run_phase(hooks: Hooks, state: Any, phase: int, left_out: Sequence[int]):
+    """What the hook gives; a phase that is left out changes nothing."""
+    if phase in left_out:
+        return state, {"nonfinite/left_out": 1.0}, []
+    return hooks.run_phase(state, phase)
+
+
+def _leave(stop, manager, save, state, phase: int, say) -> None:
+    """Saves what was reached, and ends the process as it was asked to.
+
+    The state before a phase that was dropped is gone once its update has begun.
+    """
+    lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    if not lost and checkpoint.latest_phase(manager) != phase:
+        save(state, phase)
+    checkpoint.wait(manager)
+    reached = checkpoint.latest_phase(manager)
+    say(f"stopped; phase {reached} is saved, and the same command goes on from there")
+    raise preemption.Stopped(stop.signum)
+
+
 def _restore(
     manager: Any, state: Any, say: Callable[[str], None]
-) -> tuple[Any, int | None]:
-    """The newest checkpoint in place of `state`, and its phase; or `state`, None.
+) -> tuple[Any, int | None, dict[str, Any]]:
+    """The newest checkpoint in place of `state`, its phase and meta; or `state`, None.
 
     The fresh state is freed before the other is read: a device need not hold both.
     """
     if checkpoint.latest_phase(manager) is None:
-        return state, None
+        return state, None, {}
     policy = checkpoint.abstract(state.policy)
     train = checkpoint.abstract(_train_item(state))
     for leaf in jax.tree.leaves(state):
@@ -206,7 +292,8 @@ def _restore(
         jax.tree.structure(train), jax.tree.leaves(restored.train)
     )
     say(f"going on after phase {restored.phase}")
-    return dataclasses.replace(state, policy=restored.policy, **parts), restored.phase
+    state = dataclasses.replace(state, policy=restored.policy, **parts)
+    return state, restored.phase, restored.meta
 
 
 def _train_item(state: Any) -> dict[str, Any]:
@@ -227,42 +314,18 @@ def _due(phase: int, every: int) -> bool:
     return phase == 0 or (every > 0 and phase % every == 0)
 
 
-def _after_halt(
-    config: ConfigDict,
-    files: run_files.RunFiles,
-    state: Any,
-    watch: Watch,
-    say: Callable[[str], None],
-) -> Any:
-    """The state to export: of a run that is rolled back with the last good policy.
-
-    That is the newest saved one from before the first phase that the alert is about.
-    """
-    alert = watch.halted
-    if alert is None:
-        return state
-    say(
-        f"the monitor ended the training ({alert.rule}); to go on all the same, give "
-        "--config.monitor.action=warn"
-    )
-    saved = checkpoint.saved_phases(files.checkpoints)
-    good = [phase for phase in saved if phase < alert.since]
-    if config.monitor.action != "rollback":
-        return state
-    if not good:
-        say(
-            f"no phase before {alert.since} is saved any more, so the last one is "
-            "exported: to roll back next time, raise config.checkpoint.keep"
-        )
-        return state
-    say(f"rolled back to phase {good[-1]}, the last one saved before it went wrong")
-    target = checkpoint.abstract(state.policy)
-    policy = checkpoint.restore_policy(files.checkpoints, good[-1], target)
-    return dataclasses.replace(state, policy=policy)
+def _save(config, manager, log, left_out, state, phase) -> None:
+    """Starts to save a phase, whose metrics are seen and written first."""
+    log.flush()
+    meta = {"phase": phase, "algorithm": config.algorithm}
+    if left_out:
+        meta["left_out"] = list(left_out)
+    train = _train_item(state)
+    checkpoint.save(manager, phase, policy=state.policy, train=train, meta=meta)
 
 
 def _finish_phase(
-    config, files, console, manager, log, state, phase, rows, *, last=False
+    config, files, console, save, state, phase, rows, *, last=False
 ) -> None:
     """Writes what a phase leaves behind: responses, samples, and its checkpoint."""
     if rows:
@@ -276,14 +339,7 @@ def _finish_phase(
         progress.show_samples(console, f"samples of phase {phase}", shown)
         run_files.append_samples(files, phase, shown)
     if last or _due(phase, config.checkpoint.every):
-        log.flush()
-        checkpoint.save(
-            manager,
-            phase,
-            policy=state.policy,
-            train=_train_item(state),
-            meta={"phase": phase, "algorithm": config.algorithm},
-        )
+        save(state, phase)
 
 
 def close_run(
@@ -294,7 +350,7 @@ def close_run(
     facts: Sequence[tuple[str, str]] = (),
     figures: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Draws the curves and shows what changed from phase 0 to the last.
+    """Draws the curves and shows what changed from phase 0 to the one exported.
 
     `facts` are shown below that, and `figures` are for summary.json.
     """
@@ -303,6 +359,12 @@ def close_run(
     rows = run_files.read_metrics(files.workdir)
     first, last = rows[0], rows[-1]
     changes, summary = [], {"phases": last["phase"]}
+    rolled_back = exported_row(files)
+    if rolled_back is not None:
+        last = rolled_back
+        summary["exported"] = last["phase"]
+        told = f"phase {last['phase']}, to which the run was rolled back"
+        facts = [("exported", told), *facts]
     for label, mean, std in hooks.headline:
         if mean in first and mean in last:
             spread = (first[std], last[std]) if std else (None, None)

@@ -11,12 +11,15 @@ CALLS = []
 def letters(prompts, responses, **columns):
     """Share of the response that is small letters and spaces.
 
-    In a process with KILL_AT_CALL it is the end of everything at that call. Held-out
-    prompts make call 0, and each phase one more.
+    In a process with KILL_AT_CALL it is the end of everything at that call, and one
+    with TERM_AT_CALL is asked to end. Held-out prompts make call 0, and each phase one
+    more.
     """
     CALLS.append(len(responses))
     if os.environ.get("KILL_AT_CALL") == str(len(CALLS) - 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("TERM_AT_CALL") == str(len(CALLS) - 1):
+        os.kill(os.getpid(), signal.SIGTERM)
     plain = [sum(c == " " or "a" <= c <= "z" for c in text) for text in responses]
     return np.array(plain, np.float32) / [max(len(text), 1) for text in responses]
 

@@ -79,3 +79,14 @@ def test_a_run_is_rolled_back(run, world, tmp_path, capfd):
     found, want = exported(tmp_path / "back"), exported(tmp_path / "short")
     for name, tensor in want.items():
         np.testing.assert_array_equal(found[name], tensor)
+    # The closing summary is about that phase, not about the last one.
+    assert f"phase {SEEN - 1}, to which the run was rolled back" in said
+    summary = json.loads((tmp_path / "back" / "summary.json").read_text("utf-8"))
+    assert summary["phases"] == SEEN and summary["exported"] == SEEN - 1
+    first, *_, last = metrics_of(tmp_path / "short")
+    for key in ("heldout/reward_mean", "heldout/kl"):
+        assert summary[key] == {"before": first[key], "after": last[key]}
+    # Going on all the same, it is about the last one again.
+    run(monitored(world, tmp_path / "back", "warn"))
+    summary = json.loads((tmp_path / "back" / "summary.json").read_text("utf-8"))
+    assert summary["phases"] == 9 and "exported" not in summary

@@ -178,6 +178,13 @@ def load_reward_model(
       UserError: no such model there, no such label in it, or no mean and deviation.
     """
     found = open_reward_model(directory, mesh=mesh, reading=reading, dtype=dtype)
+    return make_text_score(found, reading, mesh, normalize=normalize)
+
+
+def make_text_score(
+    found: RewardModel, reading: Reading, mesh: Mesh, *, normalize: bool
+) -> Callable[..., np.ndarray]:
+    """The reward function of `load_reward_model`, of a model that is open."""
     mean, deviation = score_statistics(found, reading) if normalize else (0.0, 1.0)
     compiled = jax.jit(functools.partial(classify_sequences, found.model))
     classify = make_classifier(found, mesh, functools.partial(compiled, found.params))

@@ -1,5 +1,6 @@
 """Texts in, texts and arrays out: the sampler that trainers and evaluation share."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,18 +24,36 @@ from rlhf_jax.rollout.sampling import sample_keys
 from rlhf_jax.text_signals import distinct, repeated_share
 
 
+class Texts(Sequence[str]):
+    """Responses that are fetched and decoded when one is first asked for."""
+
+    def __init__(self, decode: Callable[[], list[str]]):
+        self._decode = functools.cache(decode)
+
+    def __getitem__(self, index):
+        return self._decode()[index]
+
+    def __len__(self) -> int:
+        return len(self._decode())
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other)
+
+    __hash__ = None
+
+
 class Rollout(NamedTuple):
     """One batch of prompts and what the policy answered.
 
     Attributes:
       prompts: B prompt texts, those of a group repeated.
-      responses: B response texts, without EOS.
+      responses: B response texts, without EOS; decoded when they are asked for.
       transcript: the same as arrays on the mesh.
       samples: what `generate` returned, on the mesh.
     """
 
     prompts: list[str]
-    responses: list[str]
+    responses: Sequence[str]
     transcript: Transcript
     samples: Responses
 
@@ -91,11 +110,14 @@ def make_sampler(
             (*host, np.asarray(index, np.int32)), rows
         )
         transcript, samples = draw(params, tokens, mask, key, index)
-        said = sharding.to_host((samples.tokens, samples.mask))
         group = len(index) // len(prompts)
-        texts = decode_responses(tokenizer, host[0][:, -1].repeat(group), *said)
+
+        def decode() -> list[str]:
+            said = sharding.to_host((samples.tokens, samples.mask))
+            return decode_responses(tokenizer, host[0][:, -1].repeat(group), *said)
+
         asked = [prompt for prompt in prompts for _ in range(group)]
-        return Rollout(asked, texts, transcript, samples)
+        return Rollout(asked, Texts(decode), transcript, samples)
 
     return sample
 

@@ -45,7 +45,7 @@ from rlhf_jax.data.prompts import Prompts, load_both
 from rlhf_jax.losses import masked, policy_variants
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.rewards import Reward, build_rewards
+from rlhf_jax.rewards import Reward
 from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
 from rlhf_jax.trainers import common, informative, online
@@ -329,7 +329,7 @@ def run(config: ConfigDict) -> None:
     with jax.set_mesh(mesh):
         policy = loading.load_model(config.model, config, mesh)
         tokenizer = loading.load_run_tokenizer(config, console)
-        rewards = build_rewards(config.rewards, mesh=mesh)
+        rewards = online.find_rewards(config, tokenizer, mesh)
         sample = sampler_of(config.rollout, policy.model, tokenizer, mesh)
         prompts, heldout = load_both(
             config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens

@@ -11,6 +11,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,9 @@ def make_collect(
         found = []
         for draw in range(most):
             found.append(collect(params, phase, lambda *_: None, draw, most))
-            differ = np.concatenate([differing(one.total, group) for one in found])
+            differ = np.concatenate(
+                [differing(online.on_host(one.total), group) for one in found]
+            )
             if differ.sum() >= groups:
                 break
         # Those that differ come first, in the order they were drawn.
@@ -70,6 +73,11 @@ def differing(scores: np.ndarray, group: int) -> np.ndarray:
     return (scores != scores[:, :1]).any(axis=1)
 
 
+def joined_on_host(arrays: Sequence[Any]) -> np.ndarray:
+    """Arrays of several draws, one after the other."""
+    return np.concatenate(online.on_host(list(arrays)))
+
+
 def pick(
     draws: Sequence[online.Collected], index: np.ndarray, rows: jax.sharding.Sharding
 ) -> online.Collected:
@@ -85,14 +93,17 @@ def pick(
     rollout = Rollout(
         [prompts[i] for i in index], [responses[i] for i in index], transcript, samples
     )
-    names = draws[0].parts
+    names, unsafe, seconds = draws[0].parts, None, None
+    if draws[0].seconds:
+        unsafe = np.concatenate([one.unsafe for one in draws])[index]
+        waited = zip(*(one.seconds for one in draws))
+        seconds = online.Seconds(*map(sum, waited))
     return online.Collected(
         rollout,
         scores,
-        np.concatenate([one.total for one in draws])[index],
-        {n: np.concatenate([one.parts[n] for one in draws])[index] for n in names},
-        np.concatenate([one.unsafe for one in draws])[index],
+        joined_on_host([one.total for one in draws])[index],
+        {n: joined_on_host([one.parts[n] for one in draws])[index] for n in names},
+        unsafe,
         None,
-        sum(one.rollout_seconds for one in draws),
-        sum(one.reward_seconds for one in draws),
+        seconds,
     )

@@ -19,6 +19,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import Reward, build_rewards, name_scores, score_all
+from rlhf_jax.rewards.on_tokens import check_token_score
 from rlhf_jax.rewards.safety import build_filter, find_unsafe
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
@@ -103,6 +104,16 @@ def narrower(rollout: ConfigDict) -> list[str]:
     """The settings with which responses are drawn otherwise than the learner thinks."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     return [name for name, value in off.items() if rollout[name] != value]
+
+
+def find_rewards(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> list[Reward]:
+    """The rewards of a run whose policy has this tokenizer."""
+    rewards = build_rewards(config.rewards, mesh=mesh)
+    most = config.rollout.prompt_tokens + config.rollout.max_new_tokens
+    for reward in rewards:
+        if reward.on_tokens:
+            check_token_score(reward.name, reward.on_tokens, tokenizer, most)
+    return rewards
 
 
 def rows_per_phase(config: ConfigDict) -> int:
@@ -191,17 +202,23 @@ def lay_out(learning: ConfigDict, mesh: Mesh, transcript: Transcript) -> Transcr
     return pack_whole(transcript, mesh) if learning.packing else transcript
 
 
+class Seconds(NamedTuple):
+    """How long the host waited."""
+
+    rollout: float
+    reward: float
+
+
 class Collected(NamedTuple):
     """One phase's responses and what they are worth."""
 
     rollout: sampler.Rollout
     scores: jax.Array  # [B] float32 on the mesh, the rewards' weighted sum, filtered
-    total: np.ndarray  # [B] float32, the same on the host
-    parts: Mapping[str, np.ndarray]  # each reward alone
-    unsafe: np.ndarray  # [B] bool, by the safety filter, where there is one
+    total: Any  # [B] float32, the same, on the host if it was there first
+    parts: Mapping[str, Any]  # each reward alone, likewise
+    unsafe: np.ndarray | None  # [B] bool, by the safety filter; None: nobody looked
     measured: Any  # what `meanwhile` gave
-    rollout_seconds: float
-    reward_seconds: float
+    seconds: Seconds | None  # None: the host waited for nothing
 
 
 def make_collect(
@@ -220,6 +237,8 @@ def make_collect(
     """
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
     safety = build_filter(config.safety, mesh=mesh)
+    read_tokens = [reward for reward in rewards if reward.on_tokens]
+    read_texts = [reward for reward in rewards if not reward.on_tokens]
 
     def collect(
         params: Any,
@@ -235,24 +254,44 @@ def make_collect(
         first = draw * batch * group
         index = range(first, first + batch * group)
         rollout = sample(params, taken.texts, key, index)
+        transcript, samples = rollout.transcript, rollout.samples
+        parts = {
+            reward.name: reward.on_tokens.score(transcript, samples.finished)
+            for reward in read_tokens
+        }
+        scores = sum(reward.weight * parts[reward.name] for reward in read_tokens)
+        measured = meanwhile(transcript, samples)
+        if not read_texts and not safety:
+            return Collected(rollout, scores, scores, parts, None, measured, None)
+        jax.block_until_ready(samples)
         sampled = time.perf_counter()
-        measured = meanwhile(rollout.transcript, rollout.samples)
         columns = {
             name: [value for value in values for _ in range(group)]
             for name, values in taken.columns.items()
         }
-        total, parts = score_all(rewards, rollout.prompts, rollout.responses, **columns)
+        texts = rollout.prompts, rollout.responses
+        total, more = score_all(read_texts, *texts, **columns)
         unsafe = np.zeros(len(total), bool)
         if safety:
-            texts = rollout.prompts, rollout.responses
             unsafe = find_unsafe(safety, *texts, **columns)
             total = total - np.float32(safety.penalty) * unsafe
-        scored = time.perf_counter()
-        scores = sharding.to_devices(total, sharding.rows(mesh))
-        seconds = sampled - started, scored - sampled
-        return Collected(rollout, scores, total, parts, unsafe, measured, *seconds)
+        seconds = Seconds(sampled - started, time.perf_counter() - sampled)
+        of_texts = sharding.to_devices(total, sharding.rows(mesh))
+        if read_tokens:
+            scores = total = scores + of_texts
+        else:
+            scores = of_texts
+        return Collected(
+            rollout, scores, total, parts | more, unsafe, measured, seconds
+        )
 
     return collect
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays as NumPy, those that are already as they are."""
+    fetch = lambda x: x if isinstance(x, np.ndarray) else sharding.to_host(x)
+    return jax.tree.map(fetch, tree)
 
 
 def report(
@@ -265,7 +304,7 @@ def report(
       collected: the phase's responses.
       sequence_kl: [B] nats, Σ_t (log π − log π_ref).
     """
-    total, parts = collected.total, collected.parts
+    total, parts = on_host((collected.total, collected.parts))
     rows = sampler.records(
         collected.rollout,
         name_scores(total, parts),
@@ -281,10 +320,13 @@ def report(
         "reward/max": float(total.max()),
         "response/tokens": float(np.mean(tokens)),
         "response/finished": float(np.mean([row["finish"] == "eos" for row in rows])),
-        "time/rollout_s": collected.rollout_seconds,
-        "time/reward_s": collected.reward_seconds,
-        "time/tokens_per_s": sum(tokens) / collected.rollout_seconds,
     }
+    if collected.seconds:
+        metrics |= {
+            "time/rollout_s": collected.seconds.rollout,
+            "time/reward_s": collected.seconds.reward,
+            "time/tokens_per_s": sum(tokens) / collected.seconds.rollout,
+        }
     if config.safety.source:
         metrics["response/unsafe"] = float(collected.unsafe.mean())
         rows = [

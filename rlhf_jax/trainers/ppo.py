@@ -42,7 +42,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
-from rlhf_jax.rewards import Reward, build_rewards
+from rlhf_jax.rewards import Reward
 from rlhf_jax.rollout import packing
 from rlhf_jax.rollout.logprobs import Scored, Transcript, response_hidden
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
@@ -364,7 +364,7 @@ def run(config: ConfigDict) -> None:
     with jax.set_mesh(mesh):
         policy = loading.load_model(config.model, config, mesh)
         tokenizer = loading.load_run_tokenizer(config, console)
-        rewards = build_rewards(config.rewards, mesh=mesh)
+        rewards = online.find_rewards(config, tokenizer, mesh)
         sample = sampler_of(config.rollout, policy.model, tokenizer, mesh)
         prompts, heldout = load_both(
             config.data, tokenizer, prompt_tokens=config.rollout.prompt_tokens

@@ -126,8 +126,8 @@ def test_all_that_belongs_to_a_row_goes_with_it():
         np.testing.assert_array_equal(scores, want)
     lengths = [len(text) for text in rollout.responses]
     np.testing.assert_array_equal(collected.parts["b"], lengths)
-    assert collected.rollout_seconds > 0
-    assert collected.reward_seconds > 0
+    assert collected.seconds.rollout > 0
+    assert collected.seconds.reward > 0
 
 
 def test_no_prompt_and_no_number_is_drawn_twice():

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.analysis.analyzer import AlignmentAnalyzer
 from rlhf_jax.command_line import run_with_flags
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import join_hosts
+from rlhf_jax.hosts import joined
 from rlhf_jax.train import train
 
 
@@ -81,8 +81,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command line."""
     _define_flags()
-    join_hosts()
-    run_with_flags(analyze, "run")
+    run_with_flags(joined()(analyze), "run")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the command lines share: flags, and mistakes in one sentence."""
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,5 +51,6 @@ def run_with_flags(command: Callable[..., object], first: str) -> None:
       first: the flag of its one argument by position.
     """
     value = lambda name: flags.FLAGS[name].value
-    named = lambda: {name: value(name) for name in command.__kwdefaults__}
+    keywords = inspect.unwrap(command).__kwdefaults__
+    named = lambda: {name: value(name) for name in keywords}
     run_command(lambda: command(value(first), **named()))

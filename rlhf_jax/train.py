@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from rlhf_jax import compilations, progress
 from rlhf_jax.command_line import run_command
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import join_hosts
+from rlhf_jax.hosts import joined
 
 ALGORITHMS = {
     "cost_model": "rlhf_jax.trainers.reward_model",
@@ -131,8 +131,12 @@ def main() -> None:
     config = config_flags.DEFINE_config_file("config", None, "The config file.")
     flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
-    join_hosts()
-    run_command(lambda: train(_loaded(config)), parse=_parse)
+
+    def command() -> None:
+        with joined():
+            train(_loaded(config))
+
+    run_command(command, parse=_parse)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from rlhf_jax import monitor, run_files
+from rlhf_jax import hosts, monitor, run_files
 from rlhf_jax.monitor import Alert, Row
 
 LEAST_DROP = 0.2  # of a judge, in deviations: a smaller one is no alarm
@@ -20,7 +20,8 @@ class Watch:
     """Sees every row of metrics, in order, and tells what has gone wrong.
 
     All of it follows from the rows and the saved responses, so that a resumed run
-    watches as the one that was never stopped.
+    watches as the one that was never stopped. Whether the run ends process 0 decides,
+    which has the files; the others hear of it.
 
     Attributes:
       alerts: all so far, those of the run's earlier processes too.
@@ -59,10 +60,12 @@ class Watch:
                 said = run_files.read_responses(files.workdir, row["phase"])
                 self._remember(_heldout(said))
             self._note(row)
+        self._agree()
 
     def see(self, phase: int, metrics: Row) -> None:
         """Takes the metrics of one phase, and says and writes down what is wrong."""
         fresh = self._note({"phase": phase} | dict(metrics))
+        self._agree()
         for alert in fresh:
             self._say(f"ALERT at phase {phase}, {alert.rule}: {alert.reason}")
             self._say(f"  what to do: {alert.advice}")
@@ -79,7 +82,8 @@ class Watch:
             return False
         rows = [*self._rows, {"phase": phase} | jax.device_get(dict(metrics))]
         patience = self._settings["patience"]
-        return bool(monitor.check(self._rules, rows, patience=patience))
+        found = bool(monitor.check(self._rules, rows, patience=patience))
+        return json.loads(_of_first(json.dumps(found)))
 
     def judge_drop(self, rows: Sequence[Row]) -> dict[str, float]:
         """The metric `heldout/judge_drop_p` of an evaluation's rows, if it has judges.
@@ -119,6 +123,12 @@ class Watch:
             self.halted = self.halted or found[0]
         return found
 
+    def _agree(self) -> None:
+        """Halts for what process 0 halts for."""
+        if self._settings["action"] in HALTING:
+            said = _of_first(json.dumps(self.halted and self.halted._asdict()))
+            self.halted = (found := json.loads(said)) and Alert(**found)
+
     def _remember(self, heldout: Sequence[Row]) -> None:
         """Keeps each judge's scores of the evaluation where their mean is greatest."""
         for name in heldout[0] if heldout else ():
@@ -129,6 +139,10 @@ class Watch:
                 reward = float(np.mean([row["reward"] for row in heldout]))
                 scores = {row["index"]: row[name] for row in heldout}
                 self._best[name] = mean, reward, scores
+
+
+def _of_first(text: str) -> str:
+    return hosts.exchange(text.encode())[0].decode()
 
 
 def _heldout(rows: Sequence[Row]) -> list[Row]:

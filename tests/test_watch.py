@@ -1,6 +1,8 @@
 """The monitor in a loop: what it says, writes and remembers, also after a restart."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from scipy import stats
 
 from rlhf_jax import run_files
 from rlhf_jax.watch import Watch
+from tests import processes
 
 SETTINGS = {"action": "warn", "kl": 20.0, "patience": 1}
 N = 40
@@ -123,3 +126,49 @@ def test_it_halts_where_it_may(files):
     # Asked again it stands where it stood; told to go on, it does.
     assert new_watch(files, [], done=7, action="stop").halted == watch.halted
     assert new_watch(files, [], done=7).halted is None
+
+
+APART = """
+import json, pathlib, sys
+from rlhf_jax import hosts, run_files
+from rlhf_jax.watch import Watch
+
+hosts.join_hosts()
+import jax
+
+number = jax.process_index()
+settings = {"action": "stop", "kl": 20.0, "patience": 1}
+found = []
+for sick in (0, 1):
+    folder = pathlib.Path(sys.argv[1]) / f"{number}{sick}"
+    files = run_files.open_run(folder, {"algorithm": "ppo"})
+    kl = lambda phase: 30.0 if phase == 7 and number == sick else 2.0
+    watch = Watch(settings, files, print, done=None)
+    for phase in range(1, 8):
+        metrics = {"reward/mean": 1.0, "kl/sequence": kl(phase)}
+        would = watch.would_halt(phase, metrics)
+        watch.see(phase, metrics)
+    again = Watch(settings, files, print, done=7)
+    found.append([would, watch.halted, again.halted])
+print("found", json.dumps(found))
+"""
+
+
+def test_process_0_decides_for_all(tmp_path):
+    """Two processes that share no folder, and one of them alone sees the alarm."""
+    rows = [{"phase": p, "reward/mean": 1.0, "kl/sequence": 2.0} for p in range(1, 8)]
+    for number, sick in ((0, 0), (0, 1)):  # process 0 writes; the other has nothing
+        folder = tmp_path / f"{number}{sick}"
+        folder.mkdir()
+        last = rows[-1] | {"kl/sequence": 30.0 if sick == number else 2.0}
+        lines = [json.dumps(row) + "\n" for row in (*rows[:-1], last)]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    ended = processes.run(
+        [sys.executable, "-c", APART, str(tmp_path)], os.environ, processes.given(2)
+    )
+    assert [process.status for process in ended] == [0, 0], ended[1].err
+    first, second = (json.loads(p.out.splitlines()[-1][6:]) for p in ended)
+    assert first == second
+    (would, halted, again), calm = first
+    assert would and halted[0] == "kl" and halted[1] == 7 and again == halted
+    assert calm == [False, None, None]

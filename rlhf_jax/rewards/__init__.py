@@ -18,8 +18,13 @@ The entry of a model may also say which `label` counts, by name or number, the `
 A reward model trained here may be asked to `normalize` its scores, to mean 0 and
 deviation 1 of the responses it was trained on; members of an ensemble do so unless
 told not to. An ensemble has `combine` ("mean", "min", "uncertainty") and `penalty`.
+A single reward model with {"on": "tokens"} reads the policy's tokens on the devices
+while training, if both have one tokenizer; elsewhere it reads texts.
+
+A function scores each row by itself: of many processes each gives it a share of them.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -36,10 +41,16 @@ from rlhf_jax.models.encoder_weights import ENCODERS
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.model_files import find_model, read_config
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards.by_host import score_share
 from rlhf_jax.rewards.classifier import load_classifier
 from rlhf_jax.rewards.ensemble import Detailed, load_ensemble
 from rlhf_jax.rewards.labels import Reading
-from rlhf_jax.rewards.model import load_reward_model
+from rlhf_jax.rewards.model import (
+    load_reward_model,
+    make_text_score,
+    open_reward_model,
+)
+from rlhf_jax.rewards.on_tokens import TokenScore, make_token_score
 from rlhf_jax.run_files import exported
 
 BUILTIN = {
@@ -64,6 +75,8 @@ class Reward(NamedTuple):
     source: str
     weight: float
     score: Score
+    by_host: bool = False  # a Python function: each process scores a share of the rows
+    on_tokens: TokenScore | None = None  # a model that may read the policy's tokens
 
 
 def build_rewards(
@@ -139,7 +152,9 @@ def score_all(
     total = np.zeros(len(prompts), np.float32)
     parts: dict[str, np.ndarray] = {}
     for reward in rewards:
-        found = _checked(reward, prompts, responses, columns)
+        score = functools.partial(_checked, reward)
+        score = functools.partial(score_share, score) if reward.by_host else score
+        found = score(prompts, responses, columns)
         total += np.float32(reward.weight) * found.scores
         parts[reward.name] = found.scores
         for detail, values in found.details.items():
@@ -170,6 +185,10 @@ def judge_scores(
 def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
     source, weight = entry.get("source"), entry.get("weight", 1.0)
     several = isinstance(source, list | tuple) and source
+    if entry.get("on", "text") not in ("text", "tokens"):
+        raise UserError(
+            f'reward {name!r} has "on": {entry["on"]!r}; take "text" or "tokens"'
+        )
     if not source or not all(
         isinstance(one, str) and one for one in (source if several else [source])
     ):
@@ -181,7 +200,35 @@ def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
     if several:
         score = _find_ensemble(source, mesh, options)
         return Reward(name, " + ".join(source), float(weight), score)
-    return Reward(name, source, float(weight), _find(name, source, mesh, options))
+    if entry.get("on") == "tokens":
+        return _on_tokens(name, source, float(weight), mesh, options)
+    model = _find_model(name, source, mesh, options)
+    if model is not None:
+        return Reward(name, source, float(weight), model)
+    score = _find_function(name, source, options)
+    return Reward(name, source, float(weight), score, by_host=True)
+
+
+def _on_tokens(
+    name: str, source: str, weight: float, mesh: Mesh, options: Mapping[str, Any]
+) -> Reward:
+    """A reward model in memory once, that reads texts and tokens."""
+    path = BUILTIN.get(source) or exported(source)
+    if read_config(find_model(path)).get("model_type") not in FAMILIES:
+        raise UserError(
+            f'reward {name!r} has "on": "tokens", and {source} is no decoder with a '
+            'score head: take "text"'
+        )
+    options = dict(options)
+    normalize, dtype = options.pop("normalize", False), options.pop("dtype", "float32")
+    _check_dtype(dtype)
+    reading = Reading(**options)
+    found = open_reward_model(path, mesh=mesh, reading=reading, dtype=dtype)
+    return Reward(
+        *(name, source, weight),
+        make_text_score(found, reading, mesh, normalize=normalize),
+        on_tokens=make_token_score(found, reading, normalize=normalize),
+    )
 
 
 def _find_ensemble(
@@ -199,7 +246,10 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(f"unknown dtype {dtype!r}: choose from float32, bfloat16")
 
 
-def _find(name: str, source: str, mesh: Mesh, options: Mapping[str, Any]) -> Score:
+def _find_model(
+    name: str, source: str, mesh: Mesh, options: Mapping[str, Any]
+) -> Score | None:
+    """The score function of a model; None if the source names none."""
     path = BUILTIN.get(source) or pathlib.Path(exported(source)).expanduser()
     if path.is_dir():
         return load_model(path, mesh=mesh, **options)
@@ -210,6 +260,10 @@ def _find(name: str, source: str, mesh: Mesh, options: Mapping[str, Any]) -> Sco
             what = str(error).removesuffix(".")
             raise UserError(f"reward {name!r}: {what}; {KNOWN}") from error
         return load_model(source, mesh=mesh, **options)
+    return None
+
+
+def _find_function(name: str, source: str, options: Mapping[str, Any]) -> Score:
     if options:
         raise UserError(
             f"reward {name!r} ({source}) is no model, and only models have "

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import socket
-import subprocess
 
 import jax
 import numpy as np
@@ -22,10 +20,8 @@ from rlhf_jax.trainers import offline, ppo
 
 from .conftest import LLAMA, NOUNS, VERBS
 from .runs import (
-    ROOT,
     assert_close_runs,
     assert_same_run,
-    command,
     metrics_of,
     start,
 )
@@ -215,45 +211,6 @@ def test_resuming_holds_no_second_state(world, run, straight, tmp_path, monkeypa
     run(world.ppo_config(workdir, total_phases=2, checkpoint__every=1))
     _, fresh, resumed = held
     assert resumed < 1.05 * fresh
-
-
-def test_two_processes(world, alone, run, tmp_path):
-    """As on two hosts: a mesh over both, one that writes, and the metrics of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    workdir = tmp_path / "two"
-    calm = {"optimizer.lr": 3e-4, "optimizer.critic_lr": 1e-3, "total_phases": 2}
-    changed = [f"--config.{name}={value}" for name, value in calm.items()]
-    processes = [
-        subprocess.Popen(
-            [*command(world, "ppo", workdir), *changed, "--config.mesh.fsdp=2"],
-            cwd=ROOT,
-            env=alone
-            | {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(i),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, complaints) in zip(processes, outputs):
-        assert process.returncode == 0, complaints
-    assert "phase 2/2" in outputs[0][0]
-    # All but the line of the transport itself.
-    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines())
-    changes = {name.replace(".", "__"): value for name, value in calm.items()}
-    run(world.ppo_config(tmp_path / "one", **changes))
-    for row, other in zip(
-        metrics_of(workdir), metrics_of(tmp_path / "one"), strict=True
-    ):
-        assert row == pytest.approx(other, rel=0, abs=1e-4)
-    load_pretrained(workdir / "export")
 
 
 def stop_before_phase(phase):

@@ -17,6 +17,7 @@ from rlhf_jax.data.tokenizer import (
     special_tokens,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.cache import CACHE_DTYPES
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rollout.generate import Responses, Sampling, generate, repeat_rows
 from rlhf_jax.rollout.logprobs import Transcript
@@ -72,6 +73,20 @@ def check_lengths(model: Model, prompt_tokens: int, max_new_tokens: int) -> None
         )
 
 
+def check_engine(settings: Sampling, mesh: Mesh) -> None:
+    """Raises a `UserError` for slots or a cache that cannot be."""
+    if settings.slots < 0:
+        raise UserError(
+            f"slots={settings.slots} must be at least 0 (0: all responses at once)"
+        )
+    sharding.check_batch("slots", settings.slots, mesh)
+    if settings.cache_dtype not in CACHE_DTYPES:
+        raise UserError(
+            f"cache_dtype={settings.cache_dtype!r} is unknown; take one of "
+            f"{', '.join(map(repr, CACHE_DTYPES))}"
+        )
+
+
 def make_sampler(
     model: Model, tokenizer: Any, mesh: Mesh, *, prompt_tokens: int, **settings: Any
 ) -> Sampler:
@@ -94,6 +109,7 @@ def make_sampler(
     check_vocabulary(tokenizer, model.config.vocab_size, "the policy")
     drawn_as = Sampling(eos_id=special.eos, pad_id=special.pad, **settings)
     check_lengths(model, prompt_tokens, drawn_as.max_new_tokens)
+    check_engine(drawn_as, mesh)
     rows = sharding.rows(mesh)
 
     @jax.jit

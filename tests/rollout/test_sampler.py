@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,13 @@ from rlhf_jax.data.tokenizer import encode_prompts, special_tokens, train_tokeni
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.rollout.sampler import check_lengths, make_sampler, records
+from rlhf_jax.rollout import Sampling
+from rlhf_jax.rollout.sampler import (
+    check_engine,
+    check_lengths,
+    make_sampler,
+    records,
+)
 
 PROMPTS = [
     *("the film", "a", "the cat sat", "I saw it", "what a", "film", "cat", "sat on"),
@@ -126,3 +134,19 @@ def test_groups_stand_next_to_each_other(sample, params, mesh):
     assert got.responses == expected.responses
     for x, y in zip(got.transcript, expected.transcript, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"slots": -1}, "slots=-1 must be at least 0"),
+        ({"slots": 3}, "slots=3 does not divide over the 4 rows of the mesh"),
+        ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown; take one of ''"),
+    ],
+)
+def test_an_engine_that_cannot_be(settings, sentence):
+    drawn_as = Sampling(6, 1.0, 0, 1.0, 1, 0)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    check_engine(drawn_as._replace(slots=8, cache_dtype="int8"), mesh)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_engine(drawn_as._replace(**settings), mesh)

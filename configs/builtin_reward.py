@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
             "export_dtype": "bfloat16",  # half the size, to ship
             "remat": True,
             "remat_keeps": "",  # "matmuls": more memory, on accelerators faster
+            "unroll": 1,  # layers at a time: more is faster on CPUs, but compiles long
             # rank 0: off. Else all but the adapter is frozen, and is the reference.
             "lora": {
                 "rank": 0,

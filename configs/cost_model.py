@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
             "export_dtype": "float32",  # or "bfloat16": of the exported model
             "remat": True,  # recompute layers backwards: less memory, and faster on CPU
             "remat_keeps": "",  # "matmuls": more memory, on accelerators faster
+            "unroll": 1,  # layers at a time: more is faster on CPUs, but compiles long
             # rank 0: off. Else all but the adapter and the head is frozen.
             "lora": {
                 "rank": 0,

@@ -19,6 +19,7 @@ from rlhf_jax.data.tokenizer import load_tokenizer, special_tokens, train_tokeni
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.families import config_from_hf
+from rlhf_jax.models.forward import KEPT
 from rlhf_jax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from rlhf_jax.models.transformer import Model, make_model
 
@@ -51,9 +52,8 @@ def load_model(
 
     Args:
       source: "builtin", a directory, a hub id; or the config of a model to make.
-      config: the run's; `seed`, `dtype`, `remat`,
-        `remat_keeps`, `lora` and, if there, `dropout`
-        and `neftune_alpha` are read.
+      config: the run's; `seed`, `dtype`, `remat`, `remat_keeps`, `unroll`, `lora`
+        and, if there, `dropout` and `neftune_alpha` are read.
       mesh: where the weights go.
       head: a scalar head in place of the unembedding, drawn from the seed where the
         checkpoint has none; None takes what the checkpoint has.
@@ -95,7 +95,12 @@ def _bind(shape: TransformerConfig, config: ConfigDict) -> Model:
         settings["lora_scale"] = config.lora.alpha / config.lora.rank
         settings["lora_dropout"] = config.lora.dropout
     shape = dataclasses.replace(shape, **settings)
-    how = {"remat": config.remat, "remat_keeps": config.remat_keeps}
+    if config.remat_keeps not in KEPT:
+        raise UserError(
+            f"config.remat_keeps={config.remat_keeps!r} is unknown; take one of "
+            f"{', '.join(map(repr, KEPT))}"
+        )
+    how = {name: config[name] for name in ("remat", "remat_keeps", "unroll")}
     return make_model(shape, dtype=config.dtype, **how)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rlhf_jax.sharding import BATCH
+from rlhf_jax.sharding import BATCH, batch_shards, constrain
 
 # Finite, so that a row with nothing to attend to (padding) averages instead of
 # turning into nan.
@@ -104,13 +104,17 @@ def fused_kind(
         softcap: of the scores.
         backend: `jax.default_backend()`.
     """
-    T, h = query.shape[1], query.shape[3]
+    B, T, H, h = query.shape
     if softcap is not None or T == 1:
         return None
-    if backend == "gpu" and query.dtype == jnp.bfloat16 and h % 8 == 0 and h <= 128:
-        return "cudnn"
+    if backend == "gpu":
+        # With a mask cuDNN's backward pass wants an even length.
+        fits = h % 8 == 0 and h <= 128 and (context.allowed is None or T % 2 == 0)
+        return "cudnn" if fits and query.dtype == jnp.bfloat16 else None
     segmented = context.allowed is None or context.segments is not None
-    if backend == "tpu" and segmented and T >= TPU_BLOCK:
+    mesh = jax.sharding.get_abstract_mesh().shape
+    divides = B % batch_shards() == 0 and H % mesh.get("tensor", 1) == 0
+    if backend == "tpu" and segmented and T >= TPU_BLOCK and divides:
         return "pallas"
     return None
 
@@ -139,6 +143,11 @@ def attend_fused(
     """
     if kind == "pallas":
         return _attend_pallas(query, key, value, context.segments, scale)
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    heads = "tensor" if key.shape[2] % tensor == 0 else None
+    query, key, value = (
+        constrain(x, BATCH, None, heads, None) for x in (query, key, value)
+    )
     allowed = context.allowed
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed, (len(query), *allowed.shape[1:]))[:, None]

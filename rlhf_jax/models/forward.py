@@ -22,7 +22,7 @@ from rlhf_jax.models.layers import (
     rotary_frequencies,
 )
 
-_KEPT = {"": (), "matmuls": (MATMUL,)}
+KEPT = {"": (), "matmuls": (MATMUL,)}
 
 
 def final_norm(config: TransformerConfig) -> Norm:
@@ -145,6 +145,7 @@ def run_layers(
     *,
     remat: bool = False,
     remat_keeps: str = "",
+    unroll: int = 1,
     dropout_key: jax.Array | None = None,
     keep_cache: bool = False,
     keep_states: bool = False,
@@ -160,6 +161,7 @@ def run_layers(
         positions: [B, T] int32, or None to count within each segment.
         remat: recompute layers in the backward pass.
         remat_keeps: what of them is not recomputed: "" or "matmuls".
+        unroll: how many layers the scan's body has.
         dropout_key: a typed PRNG key switches dropout and NEFTune's noise on.
         keep_cache: whether keys and values are wanted.
         keep_states: whether each layer's result is wanted, in place of those.
@@ -209,9 +211,9 @@ def run_layers(
         return x, kept if keep_cache else None
 
     if remat:
-        kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat_keeps])
+        kept = jax.checkpoint_policies.save_only_these_names(*KEPT[remat_keeps])
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=kept)
     layers = jnp.arange(config.num_layers)
     per_layer = (params["layers"], layers, jnp.array(config.slides))
-    x, kept = lax.scan(run_layer, x, per_layer)
+    x, kept = lax.scan(run_layer, x, per_layer, unroll=unroll)
     return final_norm(config).apply({"params": params["final_norm"]}, x), kept

@@ -57,6 +57,7 @@ def make_model(
     dtype: str = "float32",
     remat: bool = False,
     remat_keeps: str = "",
+    unroll: int = 1,
 ) -> Model:
     """Bind a configuration to pure functions.
 
@@ -67,6 +68,8 @@ def make_model(
         remat: recompute each layer in the backward pass instead of storing it.
         remat_keeps: "matmuls" stores their results all the same: that takes more
             memory, and on accelerators less time.
+        unroll: how many layers are written out in the body of the scan over them:
+            more is faster backwards on a CPU, and takes longer to compile.
 
     Returns:
         A Model:
@@ -87,7 +90,7 @@ def make_model(
     return Model(
         config,
         functools.partial(init, config),
-        functools.partial(apply, config, dtype, remat, remat_keeps),
+        functools.partial(apply, config, dtype, remat, remat_keeps, unroll),
         functools.partial(prefill, config, dtype),
         functools.partial(decode, config, dtype),
         functools.partial(unstack, config, dtype),
@@ -149,6 +152,7 @@ def apply(
     dtype: jnp.dtype,
     remat: bool,
     remat_keeps: str,
+    unroll: int,
     params: Params,
     tokens: jax.Array,
     mask: jax.Array | None,
@@ -163,6 +167,7 @@ def apply(
         dtype: compute dtype.
         remat: recompute layers in the backward pass.
         remat_keeps: what of them is stored.
+        unroll: layers in the scan's body.
         params: the tree above.
         tokens: [B, T] int; what stands under the mask does not matter.
         mask: [B, T] bool or int: 0 is padding, positive integers name the segment of
@@ -184,6 +189,7 @@ def apply(
         positions,
         remat=remat,
         remat_keeps=remat_keeps,
+        unroll=unroll,
         dropout_key=dropout_key,
     )
     return hidden

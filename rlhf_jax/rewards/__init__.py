@@ -189,6 +189,11 @@ def _build(name: str, entry: Mapping[str, Any], mesh: Mesh) -> Reward:
         raise UserError(
             f'reward {name!r} has "on": {entry["on"]!r}; take "text" or "tokens"'
         )
+    if entry.get("on") == "tokens" and several:
+        raise UserError(
+            f'reward {name!r} is an ensemble and has "on": "tokens"; only a single '
+            'reward model reads tokens: take "text"'
+        )
     if not source or not all(
         isinstance(one, str) and one for one in (source if several else [source])
     ):

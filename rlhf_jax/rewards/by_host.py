@@ -43,6 +43,8 @@ def score_share(
     count, number = jax.process_count(), jax.process_index()
     if count == 1:
         return score(prompts, responses, columns)
+    # All of them: what is decoded when it is asked for is fetched by all processes.
+    responses = list(responses)
     rows = slice(*(len(prompts) * i // count for i in (number, number + 1)))
     mine = {name: values[rows] for name, values in columns.items()}
     message = {}

@@ -15,6 +15,7 @@ Dimension key: B requests, G of them to each prompt, R slots, P prompt tokens
 batch has a queue of its own, and requests are counted within it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -147,7 +148,7 @@ def generate(
     """
     P, B, N = prompts.shape[1], len(keys), settings.max_new_tokens
     G, shards = B // len(prompts), sharding.batch_shards()
-    R, total = min(settings.slots or B, B), B // shards
+    R = min(settings.slots or B, B)
     layers = model.unstack(params)
     hidden, cache = model.prefill(
         params, prompts, prompt_mask, cache_length=P, cache_dtype=settings.cache_dtype
@@ -155,82 +156,107 @@ def generate(
     seen = None
     if settings.repetition_penalty != 1:
         seen = sampling.tokens_in(prompts, prompt_mask, model.config.vocab_size)
-
-    impl, key_data = jax.random.key_impl(keys), jax.random.key_data(keys)
-
-    def draw(logits, key_data, length, seen):
-        logits = sampling.penalize(
-            constrain(logits, BATCH, None), seen, settings.repetition_penalty
-        )
-        return sampling.sample(
-            logits,
-            sampling.uniforms(jax.random.wrap_key_data(key_data, impl=impl), length),
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-        )
-
-    def decode(loop: _Loop) -> _Loop:
-        """One more token for every slot that is not idle."""
-        slots, column = loop.slots, P + loop.step % N
-        hidden, cache = model.decode(layers, slots.token, slots.cache, column)
-        logits = model.unembed(layers, hidden)
-        token, logprobs = draw(logits, slots.keys, slots.length, slots.seen)
-        written = _by_shard(
-            lambda *args: _write(*args, settings),
-            *(loop.written, slots.request, slots.length, token, logprobs),
-        )
-        idle = _ends(token, slots.length + 1, settings)
-        slots = slots._replace(
-            request=jnp.where(idle, total, slots.request),
-            length=slots.length + 1,
-            token=token,
-            seen=sampling.add_token(slots.seen, token),
-            cache=cache,
-        )
-        return loop._replace(step=loop.step + 1, slots=slots, written=written)
-
-    def refill(loop: _Loop) -> _Loop:
-        """Gives the next requests to the idle slots."""
-        waiting, slots = _by_shard(
-            lambda *args: _refill(*args, total=total, settings=settings),
-            *(loop.waiting, loop.slots, asked),
-        )
-        slots = slots._replace(cache=lay_out(slots.cache))
-        return loop._replace(waiting=waiting, slots=slots)
-
-    def busy(loop: _Loop) -> jax.Array:
-        return jnp.any(loop.slots.request < total)
-
-    def waits(loop: _Loop) -> jax.Array:
-        """Whether there is an idle slot and a request that has not begun."""
-        idle = loop.slots.request >= total
-        return jnp.any(idle) & jnp.any(loop.waiting < total)
-
+    key_data, impl = jax.random.key_data(keys), jax.random.key_impl(keys)
+    engine = _Engine(model, layers, settings, impl, P, B // shards)
     logits, first_seen = repeat_rows((model.unembed(layers, hidden[:, -1]), seen), G)
-    first, logprobs = draw(logits, key_data, jnp.zeros(B, jnp.int32), first_seen)
+    no_tokens = jnp.zeros(B, jnp.int32)
+    first, logprobs = _draw(engine, logits, key_data, no_tokens, first_seen)
     asked = _Prompts(cache, seen, first, key_data)
     loop = _Loop(
         step=jnp.int32(0),
         waiting=jnp.zeros(shards, jnp.int32),
-        slots=_no_slots(asked, R, total, P + N),
+        slots=_no_slots(asked, R, engine.total, P + N),
         written=_first_column(first, logprobs, settings),
     )
-    loop = refill(loop)
-    if R == B:
-        loop = jax.lax.while_loop(busy, decode, loop)
-    else:
-        loop = jax.lax.while_loop(
-            lambda loop: busy(loop) | waits(loop),
-            lambda loop: jax.lax.while_loop(
-                lambda loop: busy(loop) & ~waits(loop), decode, refill(loop)
-            ),
-            loop,
-        )
+    loop = _run(engine, asked, loop, refills=R < B)
     tokens, logprobs, lengths, finished = loop.written
     mask = jnp.arange(N)[None, :] < lengths[:, None]
     return Responses(tokens, mask, logprobs, finished)
+
+
+class _Engine(NamedTuple):
+    """What does not change while responses are drawn."""
+
+    model: Model
+    layers: Any  # the weights, as `Model.unstack` gives them
+    settings: Sampling
+    key_impl: Any
+    prompt_tokens: int  # P
+    total: int  # requests of a shard
+
+
+def _run(engine: _Engine, asked: _Prompts, loop: _Loop, *, refills: bool) -> _Loop:
+    """Decodes until every request has its response."""
+    total = engine.total
+
+    def busy(loop):
+        return jnp.any(loop.slots.request < total)
+
+    def waits(loop):
+        """Whether a shard has both an idle slot and a request that has not begun."""
+        idle = (loop.slots.request >= total).reshape(len(loop.waiting), -1)
+        return jnp.any(jnp.any(idle, axis=1) & (loop.waiting < total))
+
+    decode = functools.partial(_decode, engine)
+    refill = functools.partial(_give_requests, engine, asked)
+    loop = refill(loop)
+    if not refills:
+        return jax.lax.while_loop(busy, decode, loop)
+    until_one_is_idle = lambda loop: jax.lax.while_loop(
+        lambda loop: busy(loop) & ~waits(loop), decode, loop
+    )
+    return jax.lax.while_loop(
+        lambda loop: busy(loop) | waits(loop),
+        lambda loop: until_one_is_idle(refill(loop)),
+        loop,
+    )
+
+
+def _draw(engine: _Engine, logits, key_data, length, seen):
+    """The next token of each row, of which `length` are drawn, and its logprob."""
+    settings = engine.settings
+    keys = jax.random.wrap_key_data(key_data, impl=engine.key_impl)
+    logits = constrain(logits, BATCH, None)
+    return sampling.sample(
+        sampling.penalize(logits, seen, settings.repetition_penalty),
+        sampling.uniforms(keys, length),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+    )
+
+
+def _decode(engine: _Engine, loop: _Loop) -> _Loop:
+    """One more token for every slot that is not idle."""
+    slots, settings = loop.slots, engine.settings
+    column = engine.prompt_tokens + loop.step % settings.max_new_tokens
+    hidden, cache = engine.model.decode(engine.layers, slots.token, slots.cache, column)
+    logits = engine.model.unembed(engine.layers, hidden)
+    token, logprobs = _draw(engine, logits, slots.keys, slots.length, slots.seen)
+    written = _by_shard(
+        functools.partial(_write, settings=settings),
+        *(loop.written, slots.request, slots.length, token, logprobs),
+    )
+    idle = _ends(token, slots.length + 1, settings)
+    slots = slots._replace(
+        request=jnp.where(idle, engine.total, slots.request),
+        length=slots.length + 1,
+        token=token,
+        seen=sampling.add_token(slots.seen, token),
+        cache=cache,
+    )
+    return loop._replace(step=loop.step + 1, slots=slots, written=written)
+
+
+def _give_requests(engine: _Engine, asked: _Prompts, loop: _Loop) -> _Loop:
+    """The next requests for the slots that are idle."""
+    waiting, slots = _by_shard(
+        functools.partial(_refill, total=engine.total, settings=engine.settings),
+        *(loop.waiting, loop.slots, asked),
+    )
+    slots = slots._replace(cache=lay_out(slots.cache))
+    return loop._replace(waiting=waiting, slots=slots)
 
 
 def _ends(token: jax.Array, length: jax.Array, settings: Sampling) -> jax.Array:
@@ -278,7 +304,7 @@ def _by_shard(function: Any, *trees: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
-def _write(written, request, length, token, logprobs, settings) -> _Written:
+def _write(written, request, length, token, logprobs, *, settings) -> _Written:
     """Adds the slots' new tokens; those of idle slots go nowhere."""
     at = lambda old, new: old.at[request, length].set(new, mode="drop")
     of_row = lambda old, new: old.at[request].set(new, mode="drop")

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -172,10 +173,9 @@ def _train(
     log = _Log(writers.write, bar.update, watch.see, judge.see)
     save = functools.partial(_save, config, manager, log, left_out)
     finish = functools.partial(_finish_phase, config, files, console, save)
-    phase = done
     try:
         if done is None:
-            done = phase = 0
+            done = 0
             metrics, rows = hooks.evaluate(state)
             log.put(state, 0, metrics | watch.judge_drop(rows))
             finish(state, 0, rows)
@@ -183,7 +183,7 @@ def _train(
             if watch.halted:
                 break
             if stop.asked(phase):
-                _leave(stop, manager, save, state, phase - 1, say)
+                _leave(stop, manager, save, state, done, say)
             started = time.perf_counter()
             with stop.may_drop():
                 after = _run_phase(hooks, state, phase, left_out)
@@ -197,14 +197,15 @@ def _train(
                 rows = [*held_out_rows, *rows]
             log.put(state, phase, metrics | _measured(started))
             finish(state, phase, rows, last=last)
+            done = phase
         log.flush()
         if stop.asked(config.total_phases + 1):
-            _leave(stop, manager, save, state, phase, say)
+            _leave(stop, manager, save, state, done, say)
         checkpoint.wait(manager)
         action = config.monitor.action
         state = after_halt(action, files, state, watch, hooks.evaluate, say)
     except preemption.Dropped:
-        _leave(stop, manager, save, state, phase - 1, say)
+        _leave(stop, manager, save, state, done, say)
     except KeyboardInterrupt:
         say("stopped by hand; the same command goes on from the last checkpoint")
         raise
@@ -243,8 +244,10 @@ def _disk_errors(files: run_files.RunFiles) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        ours = str(files.workdir) in str(error.filename)
-        if error.errno not in DISK_ERRORS and not ours:
+        ours = pathlib.Path(files.workdir).resolve()
+        found = error.filename and pathlib.Path(str(error.filename)).resolve()
+        inside = bool(found) and found.is_relative_to(ours)
+        if error.errno not in DISK_ERRORS and not inside:
             raise  # a remote reward's errors are OSErrors too
         place = error.filename or files.workdir
         raise UserError(

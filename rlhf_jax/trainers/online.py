@@ -108,6 +108,11 @@ def narrower(rollout: ConfigDict) -> list[str]:
 
 def find_rewards(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> list[Reward]:
     """The rewards of a run whose policy has this tokenizer."""
+    if not config.rewards:
+        raise UserError(
+            "config.rewards is empty: name one, as "
+            '{"human": {"source": "builtin:reward", "weight": 1.0}}'
+        )
     rewards = build_rewards(config.rewards, mesh=mesh)
     most = config.rollout.prompt_tokens + config.rollout.max_new_tokens
     for reward in rewards:

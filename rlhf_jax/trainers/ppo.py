@@ -248,13 +248,15 @@ def make_update(
         )
         kl_coef = state.kl_coef
         if ppo.adaptive_kl.target:
-            kl_coef = losses.adaptive_kl_coef(
+            measured = experience.sequence_kl.mean()
+            followed = losses.adaptive_kl_coef(
                 kl_coef,
-                experience.sequence_kl.mean(),
+                measured,
                 target=ppo.adaptive_kl.target,
                 horizon=ppo.adaptive_kl.horizon,
                 num_samples=config.rollout.prompts,
             )
+            kl_coef = jnp.where(jnp.isfinite(measured), followed, kl_coef)
         state = State(params.policy, params.critic, opt_state, kl_coef)
         return state, metrics | {
             f"optimizer/{part}_lr": learning_rate(opt_state.inner.inner_states[part])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from rlhf_jax import sharding
 from rlhf_jax.rollout import Sampling, generate, sample_keys
@@ -253,6 +254,24 @@ def test_slots_of_groups_on_eight_devices(llama):
         keys = sample_keys(jax.random.key(5), index)
         got = draw(llama.model, params, prompts, mask, keys, settings)
     assert_same(jax.device_get(got), jax.device_get(want))
+
+
+def test_a_shard_that_is_done_waits_for_the_other(llama, free):
+    """Two queues and a slot each; the first shard's responses are all of one token."""
+    mesh = jax.make_mesh(
+        (2, 1, 1),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:2],
+    )
+    eos = int(free[0, 0])
+    long = int(np.flatnonzero((free != eos).all(axis=1))[0])
+    rows = [0] * 4 + [long] * 4
+    settings = GREEDY._replace(eos_id=eos)
+    want = respond(llama, settings, rows=rows)
+    got = respond(llama, settings._replace(slots=2), rows=rows, mesh=mesh)
+    assert_same(got, want)
+    assert want.mask.sum(1).tolist() == [1] * 4 + [N] * 4
 
 
 def test_a_response_of_one_token_frees_its_slot(llama, free):

@@ -6,7 +6,7 @@
 # From the repository's folder, in an environment with `pip install -e .[cuda12]`; the
 # workdir is on a disk that all nodes share. Your --partition, --account and --time go
 # before the file's name. A job that is stopped before its end is queued again, and goes
-# on from its last checkpoint.
+# on from its last checkpoint; the seconds of TERM@ have to be more than a phase takes.
 
 #SBATCH --job-name=rlhf_jax
 #SBATCH --nodes=2

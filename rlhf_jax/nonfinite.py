@@ -112,16 +112,21 @@ class Judge:
         if what is None:
             return dict(metrics) | told
         reason = f"phase {phase}: {what} is not finite"
+        if not phase:
+            raise UserError(
+                f"{reason} before anything was learned, so training does not begin: "
+                "look at the model, its dtype and the rewards"
+            )
         if self._action == "rollback":
-            again = phase == 0 or phase in self._left_out
+            again = phase in self._left_out
             if not again and len(self._left_out) < ROLLBACKS:
                 raise BadPhaseError(phase, reason)
             reason += f", and {len(self._left_out)} phases are left out already"
-        if self._action == "skip" and phase and counts.in_row < PATIENCE:
+        if self._action == "skip" and counts.in_row < PATIENCE:
             self._say(f"{reason}; optimizer steps left out: {skipped}")
             finite = {k: x for k, x in metrics.items() if math.isfinite(x)}
             return finite | told
-        if self._action == "skip" and phase:
+        if self._action == "skip":
             reason += f", {int(counts.in_row)} optimizer steps in a row"
         raise UserError(f"{reason}, so training stops; {ADVICE}")
 

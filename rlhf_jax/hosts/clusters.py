@@ -100,7 +100,9 @@ def _of_slurm(env: Env) -> dict[str, str]:
 
 
 def _gpus(env: Env) -> tuple[int, ...] | None:
-    """Slurm's tasks that share a node and see all of its GPUs take one each."""
+    """Tasks of Slurm or MPI that share a node and see all of its GPUs take one each."""
+    if whole_number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1, least=1) > 1:
+        return (whole_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", least=0),)
     tasks = whole_number(env, "SLURM_STEP_NUM_TASKS", default=1, least=1)
     nodes = whole_number(env, "SLURM_STEP_NUM_NODES", default=tasks, least=1)
     seen = env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")

@@ -1,4 +1,4 @@
-"""How much memory a run needs on each device, before anything is compiled.
+"""How much memory a run needs on each device, before its programs are compiled.
 
 An estimate is a function of the config and the mesh alone: shapes are traced, nothing
 is loaded, compiled or run. What lives all through the run (weights, reference, critic,

@@ -172,6 +172,8 @@ def test_open_mpi():
         find_job(env)
     address = {"JAX_COORDINATOR_ADDRESS": "node1:1234"}
     assert find_job(env | address) == Job("node1:1234", 4, 2)
+    local = {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert find_job(env | address | local) == Job("node1:1234", 4, 2, (0,))
 
 
 @pytest.mark.parametrize("name", GIVEN)

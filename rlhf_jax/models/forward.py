@@ -135,6 +135,20 @@ def embedding_noise(
     return (bound[:, :, None] * noise).astype(x.dtype)
 
 
+def _contexts(config, positions, allowed, segments):
+    """The Context of each kind of layer that there is: {slides: Context}."""
+    kinds = set(config.slides)
+    if len(kinds) > 1:  # chosen between in the scan, so both are written out
+        allowed = causal(positions.shape[1]) if allowed is None else allowed
+        segments = None
+    return {
+        slides: make_context(
+            config, positions, allowed, sliding=slides, segments=segments
+        )
+        for slides in kinds
+    }
+
+
 def run_layers(
     config: TransformerConfig,
     dtype: jnp.dtype,
@@ -184,16 +198,7 @@ def run_layers(
             whole = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
             x = x + embedding_noise(config, whole, x, embed_key)
     x = sharding.constrain(x, sharding.BATCH, None, None)
-    kinds = set(config.slides)
-    if len(kinds) > 1:  # chosen between in the scan, so both are written out
-        allowed = causal(tokens.shape[1]) if allowed is None else allowed
-        segments = None
-    contexts = {
-        slides: make_context(
-            config, positions, allowed, sliding=slides, segments=segments
-        )
-        for slides in kinds
-    }
+    contexts = _contexts(config, positions, allowed, segments)
 
     def run_layer(x, per_layer):
         weights, index, slides = per_layer

@@ -72,8 +72,11 @@ def get_config() -> ConfigDict:
                 "cache_dtype": "",  # float32, bfloat16, int8; "": as dtype
                 "reuse_logprobs": False,  # the sampler's for the learner's: a pass less
             },
-            # name -> source and weight; the reward is the weighted sum.
-            "rewards": {"human": {"source": "builtin:reward", "weight": 1.0}},
+            # name -> source and weight; the reward is the weighted sum. A reward model
+            # "on" tokens reads the policy's own, and the host is not waited for.
+            "rewards": {
+                "human": {"source": "builtin:reward", "weight": 1.0, "on": "text"}
+            },
             # A cost, named as rewards are; a response above the limit pays the penalty.
             "safety": {"source": "", "limit": 0.0, "penalty": 1.0},
             # Measured on held-out prompts only, never trained on.

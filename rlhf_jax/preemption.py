@@ -48,6 +48,7 @@ class Stop:
         self._grace, self._say = grace, say
         self._droppable = False
         self._timers: list[threading.Timer] = []
+        self._lock, self._closed = threading.Lock(), False
 
     def asked(self, phase: int) -> bool:
         """Whether to end before this phase; the same in every process.
@@ -79,18 +80,25 @@ class Stop:
                 self._tell(f"{name}: {tell} at once")
                 return
             self._tell(f"{name}: the phase in flight is finished, if time is left")
-            self._start(self._grace / 2, _signal_again)
-            self._start(self._grace, self._end)
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
         elif self._droppable:
             self._droppable = False
             raise Dropped
 
+    def begin_grace(self) -> None:
+        """Starts the clock, once; called by the thread of `_watch_for_sigterm`."""
+        with self._lock:
+            if not self._timers and not self._closed:
+                self._start(self._grace / 2, _signal_again)
+                self._start(self._grace, self._end)
+
     def close(self) -> None:
         """Ends what was to happen at the end of the grace."""
-        for timer in self._timers:
-            timer.cancel()
+        with self._lock:
+            self._closed = True
+            for timer in self._timers:
+                timer.cancel()
 
     def _start(self, seconds: float, act: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, act)
@@ -126,14 +134,43 @@ def listen(grace: float, say: Callable[[str], None]) -> Iterator[Stop]:
         yield stop  # only the main thread gets signals
         return
     # Of several processes JAX listens to SIGTERM, and Ctrl-C is immediate.
-    taken = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    if jax.process_count() > 1:
+        yield stop
+        return
+    taken = (signal.SIGTERM, signal.SIGINT)
     before = {signum: signal.signal(signum, stop.on_signal) for signum in taken}
     try:
-        yield stop
+        with _watch_for_sigterm(stop.begin_grace):
+            yield stop
     finally:
         stop.close()
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _watch_for_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` in a thread of its own as soon as SIGTERM comes.
+
+    Python's handlers wait until the main thread is back from a computation, which may
+    take longer than the grace.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reads, 1):
+            if number[0] == signal.SIGTERM:
+                act()
+        os.close(reads)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writes)  # which ends the thread
 
 
 def _signal_again() -> None:

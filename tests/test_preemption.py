@@ -85,9 +85,19 @@ with preemption.listen(0.2, print):
 """
 
 
-def test_the_end_of_the_grace_is_the_end():
+BUSY = """
+import hashlib, os, signal, threading
+from rlhf_jax import preemption
+with preemption.listen(0.2, print):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no handler runs meanwhile
+"""
+
+
+@pytest.mark.parametrize("program", [DEAF, BUSY])
+def test_the_end_of_the_grace_is_the_end(program):
     ended = subprocess.run(
-        [sys.executable, "-c", DEAF],
+        [sys.executable, "-c", program],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -218,6 +218,11 @@ def _on_tokens(
     name: str, source: str, weight: float, mesh: Mesh, options: Mapping[str, Any]
 ) -> Reward:
     """A reward model in memory once, that reads texts and tokens."""
+    if source in FUNCTIONS or (":" in source and source not in BUILTIN):
+        raise UserError(
+            f'reward {name!r} has "on": "tokens", and {source} is a function of texts: '
+            'take "text"'
+        )
     path = BUILTIN.get(source) or exported(source)
     if read_config(find_model(path)).get("model_type") not in FAMILIES:
         raise UserError(

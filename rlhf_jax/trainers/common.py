@@ -128,6 +128,7 @@ def run_loop(
       UserError: a number is not finite, or the disk cannot be written.
       Stopped: SIGTERM or Ctrl-C, see `preemption`.
     """
+    check_ranges(config, {"grace_s": (0, math.inf)})
     memory.reset_peak_memory()
     say = lambda text: progress.say(console, text)
     left_out: tuple[int, ...] = ()

@@ -81,7 +81,7 @@ def check_rollout(config: ConfigDict) -> None:
     if rollout.reuse_logprobs and narrower(rollout):
         raise UserError(
             "config.rollout.reuse_logprobs takes the sampler's log-probabilities for "
-            f"the learner's, and {', '.join(narrower(rollout))} make them another "
+            f"the learner's, and with {', '.join(narrower(rollout))} they are another "
             "distribution's: turn one of the two off"
         )
     if rollout.top_k < 0:

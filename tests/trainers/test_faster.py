@@ -50,8 +50,8 @@ def test_the_samplers_logprobs_are_the_learners(world, run, straight, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rollout__top_p": 0.9}, "top_p make them another distribution's"),
-        ({"rollout__min_p": 0.1}, "min_p make them another distribution's"),
+        ({"rollout__top_p": 0.9}, "with top_p they are another"),
+        ({"rollout__min_p": 0.1}, "with min_p they are another"),
     ],
 )
 def test_what_cannot_be_reused(world, tmp_path, changes, sentence):

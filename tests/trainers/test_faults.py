@@ -198,7 +198,8 @@ def test_a_line_cut_in_the_middle(world, run, straight, tmp_path, monkeypatch):
 def test_a_folder_that_vanishes(world, run, straight, during, tmp_path, monkeypatch):
     """As a network disk that is unmounted, and comes back."""
     away = tmp_path / "away"
-    during(5, lambda _: shutil.move(tmp_path / "run", away) and None)
+    # Two seconds, for the save of phase 4 in the background to end.
+    during(5, lambda _: time.sleep(2) or (shutil.move(tmp_path / "run", away) and None))
     with pytest.raises(UserError, match=r"cannot write .*run/.*No such file"):
         run(configure(world, tmp_path / "run"))
     away.rename(tmp_path / "run")

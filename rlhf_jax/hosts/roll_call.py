@@ -16,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.clusters import Job
 
 BETWEEN_LINES = 10.0  # seconds
+SETTLED = 0.3  # seconds without a loss, once all are there
 LISTED = 8  # absent processes that are named
 
 Say = Callable[[str], None]
@@ -63,7 +64,10 @@ def _gather(
     while True:
         there = {number: peer for number, peer in there.items() if not _ended(peer)}
         if len(there) == job.processes - 1:
-            return ""
+            # One that died right after it spoke is still on its way out.
+            if not select.select(list(there.values()), [], [], SETTLED)[0]:
+                return ""
+            continue
         absent = _processes(set(range(1, job.processes)) - there.keys())
         if clock.over():
             return (

@@ -50,7 +50,12 @@ from rlhf_jax.rollout.logprobs import Transcript
 from rlhf_jax.rollout.sampler import Sampler, sampler_of
 from rlhf_jax.trainers import common, informative, online
 from rlhf_jax.trainers.grpo_settings import notes, validate
-from rlhf_jax.trainers.minibatches import Minibatches, make_learn, make_order
+from rlhf_jax.trainers.minibatches import (
+    Minibatches,
+    make_learn,
+    make_order,
+    rows_per_phase,
+)
 from rlhf_jax.trainers.optimizer import learning_rate, make_optimizer
 from rlhf_jax.trees import join
 
@@ -293,7 +298,7 @@ def make_phase(
     update = make_update(model, config, optimizer)
     order_of = make_order(config, config.grpo, mesh)
     lay_out = functools.partial(online.lay_out, config.grpo, mesh)
-    batch = online.rows_per_phase(config)
+    batch = rows_per_phase(config)
 
     def run_phase(state: State, phase: int):
         jax.block_until_ready(state)  # the last update is not this rollout's time

@@ -37,10 +37,15 @@ class Minibatches(NamedTuple):
     layout: packing.Layout | None = None
 
 
+def rows_per_phase(config: ConfigDict) -> int:
+    """How many responses a phase has: of a group to each prompt, or of one."""
+    return config.rollout.prompts * config.rollout.get("group", 1)
+
+
 def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
     """Raises a `UserError` unless a phase's rows divide into equal micro-batches."""
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
-    rows, told = batch * group, f"config.rollout.prompts={batch}"
+    rows, told = rows_per_phase(config), f"config.rollout.prompts={batch}"
     if group > 1:
         told += f" x group={group}"
     sharding.check_batch("config.rollout.prompts", batch, mesh)
@@ -66,7 +71,7 @@ def minibatch_order(
 
 def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable:
     """Builds `order(key, transcript) -> Minibatches` of one phase."""
-    rows = config.rollout.prompts * config.rollout.get("group", 1)
+    rows = rows_per_phase(config)
     epochs, minibatches = learning.epochs, learning.minibatches
 
     def order(key: jax.Array, transcript: Transcript) -> Minibatches:

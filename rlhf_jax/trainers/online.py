@@ -24,7 +24,7 @@ from rlhf_jax.rewards.safety import build_filter, find_unsafe
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
 from rlhf_jax.rollout.logprobs import Scored, Transcript, score_responses
-from rlhf_jax.trainers.minibatches import pack_whole
+from rlhf_jax.trainers.minibatches import pack_whole, rows_per_phase
 
 FIELDS = {
     "reward/mean": "reward {:+.3f}",
@@ -119,11 +119,6 @@ def find_rewards(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> list[Reward]
         if reward.on_tokens:
             check_token_score(reward.name, reward.on_tokens, tokenizer, most)
     return rewards
-
-
-def rows_per_phase(config: ConfigDict) -> int:
-    """How many responses a phase has: of a group to each prompt, or of one."""
-    return config.rollout.prompts * config.rollout.get("group", 1)
 
 
 def make_policy_logprobs(model: Model, config: ConfigDict) -> Callable:

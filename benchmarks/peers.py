@@ -48,6 +48,7 @@ class Worker:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "0",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         }
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - of the process
         self._process = subprocess.Popen(
@@ -109,7 +110,7 @@ def measure(row: Row, arguments, folder: str) -> tuple[Measured, Measured, list[
     try:
         firsts = [worker.ask("first") for worker in workers]
         notes = compare(row, *workers) if row.compared else []
-        for worker in workers:
+        for worker in workers * row.warm:
             worker.ask("run")
         rounds = [
             [worker.ask("run") for worker in workers]

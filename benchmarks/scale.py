@@ -175,6 +175,7 @@ def lower(hf_config: dict, mesh):
     from rlhf_jax.trainers import offline, sft
     from rlhf_jax.trainers.optimizer import make_optimizer
 
+    sharding.on_cpu = lambda: False  # the program is an accelerator's
     config = defaults.get_config()
     config.logprob_chunk = CHUNK
     model = make_model(config_from_hf(hf_config), dtype="bfloat16", remat=True)

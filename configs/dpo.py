@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
                 "batch": 32,  # pairs
                 "steps_per_phase": 19,
                 "accumulation": 1,  # micro-batches of a batch
+                "packing": False,  # several responses a row: where lengths differ
             },
             "dpo": {
                 "beta": 0.1,

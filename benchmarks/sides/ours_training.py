@@ -208,6 +208,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
         sequence_tokens=TRAIN_TOKENS,
         learning__batch=8,
         learning__steps_per_phase=1,
+        learning__packing=ragged,
     )
     tokenizer = load_tokenizer(config.model)
     texts = [Pair(*texts) for texts in pair_texts(ragged=ragged)]
@@ -220,6 +221,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
     state, optimizer = offline.make_state(config, loaded.params, mesh)
     run_phase = offline.make_phase(
         *(config, mesh, dpo.make_loss(loaded.model, config), optimizer, pairs),
+        pack=dpo.make_pack(config) if ragged else None,
         accumulation=1,
         counts=dpo.count,
     )

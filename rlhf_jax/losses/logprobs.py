@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from rlhf_jax.losses._checks import (
     check_float,
@@ -189,9 +190,11 @@ def _statistics(logits, targets, options):
     shifted = logits - largest[..., None]
     weights = jnp.exp(shifted)
     total = weights.sum(-1)
-    q = _target_weights(targets, logits.shape[-1], options)
+    target = jnp.take_along_axis(shifted, targets[..., None], -1, mode="clip")[..., 0]
+    if options.label_smoothing:
+        epsilon = options.label_smoothing
+        target = (1.0 - epsilon) * target + epsilon * shifted.mean(-1)
     # 0·(−inf) is nan: what cannot be drawn adds nothing.
-    target = jnp.where(q > 0, q * jnp.where(q > 0, shifted, 0.0), 0.0).sum(-1)
     average = (weights * jnp.where(weights > 0, shifted, 0.0)).sum(-1) / total
     log_total = jnp.log(total)
     return target - log_total, log_total - average, largest + log_total
@@ -208,6 +211,7 @@ def _cast(options, hidden, unembedding):
 
 
 def _forward(options, hidden, unembedding, targets):
+    """The results, and what the backward pass needs."""
     keep_logits = options.num_chunks is None
     cast = _cast(options, hidden, unembedding)
 
@@ -228,14 +232,23 @@ def _backward(options, residuals, cotangents):
     """Both gradients from one pass over the logits.
 
     ∂log p(y)/∂zᵥ = qᵥ − pᵥ,   ∂H/∂zᵥ = −pᵥ (log pᵥ + H)
+
+    A result that the loss does not use has no cotangent and costs nothing.
     """
     hidden, unembedding, targets, entropy, normalizer, kept_logits = residuals
+    cotangents = [None if isinstance(g, SymbolicZero) else g for g in cotangents]
+    if cotangents[1] is None:
+        entropy = None
     cast = _cast(options, hidden, unembedding)
 
     S = options.batch_shards
 
     def by_shard(x):
-        return x.reshape(S, x.shape[0] // S, *x.shape[1:])
+        # Over one axis: a sum over two would be a copy first, which a CPU feels, but
+        # for bfloat16 the products of the copy are that much faster there.
+        if x.dtype == jnp.bfloat16:
+            return x.reshape(S, -1, x.shape[1], x.shape[-1])
+        return x.reshape(S, 1, -1, x.shape[-1])
 
     def chunk(unembedding_grad, inputs):
         h, y, H, normalizer, logits, g_logprob, g_entropy = inputs
@@ -245,9 +258,11 @@ def _backward(options, residuals, cotangents):
         logp = z - normalizer[..., None]
         p = jnp.exp(logp)
         q = _target_weights(y, z.shape[-1], options)
-        g = g_logprob[..., None] * (q - p) - g_entropy[..., None] * p * (
-            logp + H[..., None]
-        )
+        g = 0.0
+        if g_logprob is not None:
+            g = g_logprob[..., None] * (q - p)
+        if g_entropy is not None:
+            g -= g_entropy[..., None] * p * (logp + H[..., None])
         if options.logit_softcap is not None:
             tanh = z * (options.temperature / options.logit_softcap)
             g = g * (1.0 - jnp.square(tanh))
@@ -263,12 +278,13 @@ def _backward(options, residuals, cotangents):
         )
         return unembedding_grad, h_grad.astype(h.dtype)
 
+    chunks = lambda x: None if x is None else split(x, options)
     inputs = (
-        *(split(x, options) for x in (hidden, targets)),
+        *(chunks(x) for x in (hidden, targets)),
         entropy,
         normalizer,
         kept_logits,
-        *(split(x, options) for x in cotangents),
+        *(chunks(x) for x in cotangents),
     )
     unembedding_grad, hidden_grad = jax.lax.scan(
         chunk, jnp.zeros((S, *unembedding.shape), jnp.float32), inputs
@@ -278,4 +294,8 @@ def _backward(options, residuals, cotangents):
     return join(hidden_grad, T), unembedding_grad.astype(unembedding.dtype), None
 
 
-_token_logprobs.defvjp(_forward, _backward)
+def _forward_of_primals(options, *primals):
+    return _forward(options, *(primal.value for primal in primals))
+
+
+_token_logprobs.defvjp(_forward_of_primals, _backward, symbolic_zeros=True)

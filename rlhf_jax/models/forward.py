@@ -72,7 +72,16 @@ def make_context(
     local = sliding and config.rope_local_theta is not None
     frequencies = rotary_frequencies(config, local=local)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return Context(jnp.cos(angles), jnp.sin(angles), allowed, segments)
+    return Context(*_cos_and_sin(angles), allowed, segments)
+
+
+def _cos_and_sin(angles):
+    """cos and sin of angles [B, T, R/2], each computed once."""
+    if not sharding.on_cpu():
+        return jnp.cos(angles), jnp.sin(angles)
+    # XLA would compute them again for every head of every layer, unless a loop does.
+    both = lax.map(lambda i: lax.cond(i, jnp.sin, jnp.cos, angles), jnp.arange(2) > 0)
+    return both[0], both[1]
 
 
 # Gathered over fsdp in compute dtype, half the bytes to move: rows cut along D could

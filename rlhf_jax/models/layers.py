@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from rlhf_jax import sharding
 from rlhf_jax.models import cache
 from rlhf_jax.models.attention import Context, attend, attend_fused, fused_kind
 from rlhf_jax.models.config import TransformerConfig
@@ -59,6 +60,7 @@ def rotary_frequencies(config: TransformerConfig, *, local: bool) -> jax.Array:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the first R channels of each head; pair i is channels i and i + R/2.
 
@@ -68,7 +70,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         sin: [B, T, R/2] float32.
 
     Returns:
-        [B, T, heads, h] in x's dtype.
+        [B, T, heads, h] in x's dtype; cos and sin get no gradient.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
@@ -77,6 +79,20 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     rotated = (first * cos - second * sin, second * cos + first * sin)
     rotated = [part.astype(x.dtype) for part in rotated]
     return jnp.concatenate([*rotated, x[..., 2 * half :]], axis=-1)
+
+
+def _rotate_forward(x, cos, sin):
+    return rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(angles, gradient):
+    # The transpose of a rotation is the one by minus the angle: one pass over memory,
+    # where the parts' own transposes are padded and added up.
+    cos, sin = angles
+    return rotate(gradient, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def dot(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
@@ -121,18 +137,20 @@ def _dot_forward(x, kernel, axis):
 def _dot_backward(axis, saved, gradient):
     x, kernel, like_kernel = saved
     gradient = gradient.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
     # In x's dtype before it is added up over `tensor`, half the bytes to move; but on
     # a CPU dots with a bfloat16 result are slow.
-    on_cpu = jax.default_backend() == "cpu"
     x_gradient = lax.dot_general(
         *(gradient, kernel),
         (((x.ndim - 1,), (1 - axis,)), ((), ())),
-        preferred_element_type=jnp.float32 if on_cpu else x.dtype,
-    )
+        preferred_element_type=jnp.float32 if sharding.on_cpu() else x.dtype,
+    ).astype(x.dtype)
+    if x.dtype == jnp.float32:
+        # Over several axes a CPU copies the transpose first: fast in bfloat16 only.
+        x, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
     pair = (x, gradient) if axis == 0 else (gradient, x)
+    rows = tuple(range(x.ndim - 1))
     kernel_gradient = _contract(*pair, rows, rows)
-    return x_gradient.astype(x.dtype), kernel_gradient.astype(like_kernel.dtype)
+    return x_gradient, kernel_gradient.astype(like_kernel.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -1,15 +1,15 @@
 """Responses of different lengths learned from without their padding.
 
-A batch of transcripts is padded twice: prompts on the left, responses on the right. A
-`Layout` says how its real tokens fill fewer rows of the same width, several transcripts
+A batch of transcripts is padded, and a forward pass spends its time on padding too. A
+`Layout` says how the real tokens fill fewer rows of the same width, several transcripts
 to a row, each a segment of its own that attention does not leave. The log-probabilities
 come back as [B, N], so that a loss is the same with and without.
 
-Rows and states are rounded up to a quarter of what they would be without packing:
-at most a few shapes are compiled, however the lengths fall.
+Rows are rounded up to an eighth, and states to a quarter, of what they would be without
+packing: at most a few shapes are compiled, however the lengths fall.
 
-Dimension key: B transcripts, P prompt tokens, N response tokens, W = P + N, R packed
-rows, C states of a row that predict a response token.
+Dimension key: B transcripts of W tokens, N of them responses or what may be one, at the
+end; R packed rows, C states of a row that predict a response token.
 """
 
 from typing import Any, NamedTuple
@@ -59,45 +59,45 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
+class Spans(NamedTuple):
+    """Where a transcript's tokens stand among its W; each [rows] int."""
+
+    start: np.ndarray  # the column of its first token
+    response: np.ndarray  # of the first that is learned, after `start`
+    end: np.ndarray  # past the last
+
+
 def plan(
-    prompt_lengths: np.ndarray,
-    response_lengths: np.ndarray,
-    batches: np.ndarray,
-    *,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    shards: int,
+    spans: Spans, batches: np.ndarray, *, width: int, responses: int, shards: int
 ) -> Layout:
     """The layouts of several batches of equal size, with one shape for all.
 
     Args:
-      prompt_lengths: [rows] real tokens of each prompt, at least 1.
-      response_lengths: [rows] real tokens of each response, at least 1.
+      spans: of all rows.
       batches: [K, B] int, the rows of each batch.
-      prompt_tokens: P.
-      max_new_tokens: N.
+      width: W.
+      responses: N, the last columns of W, in which all responses lie.
       shards: R is a multiple of it, as the batch is cut over the mesh.
 
     Returns:
       A Layout of NumPy arrays with a leading axis K.
     """
     # The last token predicts nothing that is asked for.
-    needed = prompt_lengths + response_lengths - 1
-    width = prompt_tokens + max_new_tokens
+    needed, spoken = spans.end - 1 - spans.start, spans.end - spans.response
     packed = [pack(needed[batch], width) for batch in batches]
-    spoken = [
-        max(int(response_lengths[batch][row].sum()) for row in rows)
+    most = max(
+        int(spoken[batch][row].sum())
         for batch, rows in zip(batches, packed)
-    ]
+        for row in rows
+    )
     B = batches.shape[1]
-    count = _round_up(max(len(rows) for rows in packed), B, shards)
-    states = _round_up(max(spoken), width)
+    count = _round_up(max(len(rows) for rows in packed), B, parts=8, multiple=shards)
+    states = _round_up(most, width, parts=4)
     filled = [
         _fill(
             rows,
-            prompt_lengths[batch],
-            response_lengths[batch],
-            empty=_empty(count, states, B, prompt_tokens, max_new_tokens),
+            Spans(*(column[batch] for column in spans)),
+            empty=_empty(count, states, B, width, responses),
         )
         for batch, rows in zip(batches, packed)
     ]
@@ -107,51 +107,54 @@ def plan(
 def plan_transcript(transcript: Any, batches: np.ndarray) -> Layout:
     """`plan` for batches [K, B] of a transcript's rows, whose lengths are fetched."""
     prompt_mask, mask = transcript.prompt_mask, transcript.mask
-    lengths = sharding.to_host((prompt_mask.sum(axis=1), mask.sum(axis=1)))
+    P, N = prompt_mask.shape[1], mask.shape[1]
+    prompts, said = sharding.to_host((prompt_mask.sum(axis=1), mask.sum(axis=1)))
     return plan(
-        *lengths,
+        Spans(P - prompts, np.full_like(said, P), P + said),
         batches,
-        prompt_tokens=prompt_mask.shape[1],
-        max_new_tokens=mask.shape[1],
+        width=P + N,
+        responses=N,
         shards=sharding.batch_shards(),
     )
 
 
-def _round_up(needed: int, most: int, multiple: int = 1) -> int:
-    """`needed`, up to a quarter of `most`, or to it, and to a multiple."""
-    quarter = -(-most // 4)
-    rounded = min(-(-needed // quarter) * quarter, most)
+def _round_up(needed: int, most: int, *, parts: int, multiple: int = 1) -> int:
+    """`needed`, up to a part of `most`, or to it, and to a multiple."""
+    part = -(-most // parts)
+    rounded = min(-(-needed // part) * part, most)
     return -(-rounded // multiple) * multiple
 
 
-def _empty(rows: int, states: int, B: int, P: int, N: int) -> Layout:
+def _empty(rows: int, states: int, B: int, width: int, responses: int) -> Layout:
     zeros = lambda *shape: np.zeros(shape, np.int32)
     return Layout(
-        tokens=zeros(rows, P + N),
-        segments=zeros(rows, P + N),
+        tokens=zeros(rows, width),
+        segments=zeros(rows, width),
         states=zeros(rows, states),
         targets=zeros(rows, states) - 1,
-        places=zeros(B, N),
+        places=zeros(B, responses),
     )
 
 
-def _fill(rows, prompt_lengths, response_lengths, *, empty: Layout) -> Layout:
+def _fill(rows: list[list[int]], spans: Spans, *, empty: Layout) -> Layout:
     """One batch's layout."""
-    width, (_, N) = empty.tokens.shape[1], empty.places.shape
-    P, C = width - N, empty.states.shape[1]
+    width, N = empty.tokens.shape[1], empty.places.shape[1]
+    C = empty.states.shape[1]
     for r, items in enumerate(rows):
         column = state = 0
         for segment, item in enumerate(items, start=1):
-            prompt, response = int(prompt_lengths[item]), int(response_lengths[item])
-            length = prompt + response - 1
-            first = item * width + P - prompt
-            here, said = slice(column, column + length), slice(state, state + response)
-            empty.tokens[r, here] = np.arange(first, first + length)
+            start, response, end = (int(x[item]) for x in spans)
+            here = slice(column, column + end - 1 - start)
+            said = slice(state, state + end - response)
+            empty.tokens[r, here] = item * width + np.arange(start, end - 1)
             empty.segments[r, here] = segment
-            empty.states[r, said] = column + prompt - 1 + np.arange(response)
-            empty.targets[r, said] = item * N + np.arange(response)
-            empty.places[item, :response] = r * C + state + np.arange(response)
-            column, state = column + length, state + response
+            # The state before a token predicts it.
+            told = np.arange(response, end)
+            empty.states[r, said] = column + told - 1 - start
+            among = told - (width - N)
+            empty.targets[r, said] = item * N + among
+            empty.places[item, among] = r * C + np.arange(said.start, said.stop)
+            column, state = here.stop, said.stop
     return empty
 
 

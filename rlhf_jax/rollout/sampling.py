@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import sharding
+
 BLOCK = 256
 TINY = 2.0**-126
 
@@ -78,7 +80,7 @@ def truncation_threshold(
         return low, high
 
     # A pass over the vocabulary costs an accelerator more than what is done in it.
-    levels = 1 if jax.default_backend() == "cpu" else 3
+    levels = 1 if sharding.on_cpu() else 3
     ends = np.float32([low, high]).view(np.int32)
     ends = np.where(ends < 0, ends ^ np.int32(0x7FFFFFFF), ends)
     passes = -(-int(int(ends[1]) - int(ends[0])).bit_length() // levels)

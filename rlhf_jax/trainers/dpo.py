@@ -45,6 +45,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plots import Panel
 from rlhf_jax.rewards import build_rewards
+from rlhf_jax.rollout import packing
 from rlhf_jax.rollout.sampler import sampler_of
 from rlhf_jax.trainers import common, offline, online
 from rlhf_jax.trainers.dpo_settings import loss_types, micro_batch, validate
@@ -89,6 +90,7 @@ class Pairs(NamedTuple):
     mask: np.ndarray  # [N, 2, T] bool, real tokens: what attention sees
     response: np.ndarray  # [N, 2, T] bool, those of the response: what is learned
     ref_logprobs: np.ndarray  # [N, 2] float32, log π_ref(y)
+    layout: packing.Layout | None = None  # how a forward pass packs the 2·N rows
 
 
 class Scored(NamedTuple):
@@ -106,8 +108,16 @@ def response_logprobs(
     """Log-probabilities of both responses, in one forward pass over 2·B rows."""
     B, _, T = pairs.tokens.shape
     tokens, mask, response = (x.reshape(2 * B, T) for x in pairs[:3])
-    hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)[:, :-1]
-    spoken = response[:, 1:]
+    spoken, layout = response[:, 1:], pairs.layout
+    if layout is None:
+        hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)[:, :-1]
+        targets, real = tokens[:, 1:], spoken
+    else:
+        packed = packing.gather(layout, tokens), layout.segments
+        hidden = model.apply(params, *packed, dropout_key=dropout_key)
+        hidden = packing.states(layout, hidden)
+        targets, real = packing.targets(layout, tokens[:, 1:])
+    spread = lambda values: packing.spread(layout, values, spoken)
     options = {
         "temperature": 1.0,
         "chunk_size": config.logprob_chunk or None,
@@ -115,23 +125,44 @@ def response_logprobs(
     }
     unembedding = model.unembedding(params)
     logprobs, _ = losses.token_logprobs(
-        *(hidden, unembedding, tokens[:, 1:], spoken),
+        *(hidden, unembedding, targets, real),
         batch_shards=sharding.batch_shards(),
         gather=sharding.gather_vocabulary,
         **options,
     )
+    logprobs = spread(logprobs)
     weights = None
     if config.dpo.wpo:
         squares = losses.log_sum_squares(
-            *jax.lax.stop_gradient((hidden, unembedding)), spoken, **options
+            *jax.lax.stop_gradient((hidden, unembedding)), real, **options
         )
-        weights = losses.wpo_weights(logprobs, spoken, log_sum_squares=squares)
+        weights = losses.wpo_weights(logprobs, spoken, log_sum_squares=spread(squares))
         weights = weights.reshape(B, 2).prod(axis=1)
     sums, lengths = losses.sequence_logprobs(logprobs, spoken)
     sums, lengths = sums.reshape(B, 2).T, lengths.reshape(B, 2).T
     by_side = (x.reshape(B, 2, T - 1).swapaxes(0, 1) for x in (logprobs, spoken))
     used = losses.ld_logprobs(*itertools.chain(*by_side), alpha=config.dpo.ld_alpha)
     return Scored(jnp.stack(used), sums, lengths, weights)
+
+
+def make_pack(config: ConfigDict) -> Callable[[Pairs], Pairs]:
+    """Builds `pack(pairs [S, B, ...])`: a layout for each micro-batch of each step."""
+
+    def pack(pairs: Pairs) -> Pairs:
+        S, T = len(pairs.tokens), pairs.tokens.shape[-1]
+        mask, response = (x.reshape(-1, T) for x in pairs[1:3])
+        ends = mask.sum(axis=1)
+        layout = packing.plan(
+            packing.Spans(np.zeros_like(ends), ends - response.sum(axis=1), ends),
+            np.arange(len(mask)).reshape(S * config.learning.accumulation, -1),
+            width=T,
+            responses=T - 1,
+            shards=sharding.batch_shards(),
+        )
+        by_step = jax.tree.map(lambda x: x.reshape(S, -1, x.shape[-1]), layout)
+        return pairs._replace(layout=by_step)
+
+    return pack
 
 
 def measure(
@@ -318,6 +349,7 @@ def run(config: ConfigDict) -> None:
             run_phase=offline.make_phase(
                 *(config, mesh, make_loss(model, config), optimizer, train),
                 frozen=parts.frozen,
+                pack=make_pack(config) if config.learning.packing else None,
                 accumulation=config.learning.accumulation,
                 counts=count,
             ),

@@ -118,6 +118,7 @@ def make_phase(
     *,
     frozen: Any | None = None,
     cut: Callable[[np.ndarray, int], Sequence[Any]] | None = None,
+    pack: Callable[[Any], Any] | None = None,
     **micro_batches: Any,
 ) -> Callable:
     """Builds `run_phase(state, phase) -> (state, metrics, [])`.
@@ -131,6 +132,7 @@ def make_phase(
       frozen: what of the model is not trained.
       cut: (the phase's row numbers, phase) -> one batch [B, ...] for each step; None
         takes them in order, in one compiled scan.
+      pack: batches [S, B, ...] of such a scan -> the same with a layout for each.
       **micro_batches: the `accumulation` and `counts` of `make_update`.
     """
     update = make_update(loss, optimizer, **micro_batches)
@@ -144,7 +146,8 @@ def make_phase(
         if cut is not None:
             return [jax.tree.map(lambda x: x[None], part) for part in cut(order, phase)]
         shape = steps, batch
-        return [jax.tree.map(lambda x: x[order].reshape(*shape, *x.shape[1:]), rows)]
+        whole = jax.tree.map(lambda x: x[order].reshape(*shape, *x.shape[1:]), rows)
+        return [whole if pack is None else pack(whole)]
 
     def run_phase(state: State, phase: int):
         started = time.perf_counter()

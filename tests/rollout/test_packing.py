@@ -59,16 +59,17 @@ def test_every_token_stands_once(transcript):
 
 
 def test_shapes_are_few():
-    """Of 16 rows of any lengths: quarters, and a multiple of the shards."""
+    """Of 16 rows of any lengths: eighths, and a multiple of the shards."""
     rng = np.random.default_rng(0)
     shapes = set()
     for _ in range(200):
         prompts = rng.integers(1, P + 1, 16)
         responses = rng.integers(1, rng.integers(2, N + 2), 16)
         layout = packing.plan(
-            *(prompts, responses, np.arange(16)[None, :]),
-            prompt_tokens=P,
-            max_new_tokens=N,
+            packing.Spans(P - prompts, np.full(16, P), P + responses),
+            np.arange(16)[None, :],
+            width=P + N,
+            responses=N,
             shards=2,
         )
         shapes.add((layout.tokens.shape[1], layout.states.shape[2]))

@@ -83,6 +83,9 @@ def take_steps(config, mesh, steps=2):
             counts=dpo.count,
         )
         batches = jax.tree.map(lambda x: x[None], pairs)
+        if config.learning.packing:
+            batches = dpo.make_pack(config)(jax.device_get(batches))
+            assert batches.layout.segments.max() > 1
         metrics = []
         for step in range(steps):
             state, found = update(state, batches, jax.random.key(step))
@@ -108,12 +111,16 @@ def trl_weights(case, mesh):
 # the step, against TRL
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulation", "packing"), [(1, False), (2, False), (1, True), (2, True)]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_two_steps_of_trl(case, accumulation):
+def test_two_steps_of_trl(case, accumulation, packing):
     """The same losses, and the same weights after Adam's second step."""
     mesh = single_mesh()
-    config = make_config(case, learning__accumulation=accumulation)
+    settings = {"accumulation": accumulation, "packing": packing}
+    settings = {f"learning__{name}": value for name, value in settings.items()}
+    config = make_config(case, **settings)
     metrics, params = take_steps(config, mesh)
     losses = [step["loss"] for step in metrics]
     np.testing.assert_allclose(losses, saved()[f"{case}/losses"], rtol=1e-5)

@@ -78,7 +78,10 @@ def test_a_resumed_run_reads_the_reference(world, run, tmp_path, capsys):
 
 
 def test_eight_devices_and_one_agree(world, run, tmp_path):
-    """After five steps at a learning rate at which rounding does not grow."""
+    """After five steps at a learning rate at which rounding does not grow.
+
+    The eight pack several responses to a row.
+    """
     calm = {
         "optimizer__lr": 3e-4,
         "total_phases": 1,
@@ -88,6 +91,7 @@ def test_eight_devices_and_one_agree(world, run, tmp_path):
     }
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     run(dpo_config(world, tmp_path / "one", **calm))
+    split["learning__packing"] = True
     run(dpo_config(world, tmp_path / "eight", **calm, **split), devices=8)
     assert_close_runs(tmp_path / "eight", tmp_path / "one")
 

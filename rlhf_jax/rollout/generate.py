@@ -35,7 +35,7 @@ class Sampling(NamedTuple):
     Attributes:
       max_new_tokens: N.
       temperature: divides the logits; 0 takes the likeliest token.
-      top_k, top_p, min_p: which tokens may be drawn, see `sampling.truncate`.
+      top_k, top_p, min_p: which tokens may be drawn, see `sampling.weigh`.
       eos_id: the token that ends a response.
       pad_id: what stands after it.
       repetition_penalty: θ of `sampling.penalize`; 1 is none.

@@ -104,8 +104,10 @@ def _from_ordered(n: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def truncate(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.Array:
-    """Sets the logits outside the top k, then the nucleus p, then min-p, to -inf.
+def weigh(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.Array:
+    """How likely each token is to be drawn, relative to the likeliest.
+
+    Of the top k the nucleus p, and of that what min-p leaves; zero for all others.
 
     Args:
       logits: [B, V] float32, after the temperature.
@@ -114,27 +116,29 @@ def truncate(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> ja
       min_p: keeps those at least this fraction as likely as the likeliest; 0.0 all.
 
     Returns:
-      [B, V] float32.
+      [B, V] float32, the largest of each row 1.
 
     References:
       Nucleus: Holtzman et al. 2019, section 3.1, https://arxiv.org/abs/1904.09751
       min-p: Nguyen et al. 2024, section 3, https://arxiv.org/abs/2407.01082
     """
-    keep = jnp.ones_like(logits, bool)
-    if 0 < top_k < logits.shape[-1]:
+    V = logits.shape[-1]
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    keep = lambda kept: jnp.where(kept, weights, 0.0)
+    weights = jnp.exp(shifted)
+    if 0 < top_k < V:
         count = jnp.full(logits.shape[:1], float(top_k))
         threshold = truncation_threshold(logits, jnp.ones_like(logits), count)
-        keep = logits >= threshold[:, None]
+        weights = keep(logits >= threshold[:, None])
     if top_p < 1.0:
-        probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
-        target = jnp.full(logits.shape[:1], top_p)
         # All tokens below an even share of the rest weigh less than the rest.
-        low = 0.5 * (1.0 - top_p) / logits.shape[-1]
-        threshold = truncation_threshold(probs, probs, target, low, high=1.0)
-        keep &= probs >= threshold[:, None]
+        low = 0.5 * (1.0 - top_p) / V
+        target = top_p * weights.sum(axis=-1)
+        threshold = truncation_threshold(weights, weights, target, low, high=1.0)
+        weights = keep(weights >= threshold[:, None])
     if min_p > 0.0:
-        keep &= logits >= logits.max(axis=-1, keepdims=True) + jnp.log(min_p)
-    return jnp.where(keep, logits, -jnp.inf)
+        weights = keep(shifted >= math.log(min_p))
+    return weights
 
 
 def tokens_in(tokens: jax.Array, mask: jax.Array, vocab_size: int) -> jax.Array:
@@ -238,10 +242,11 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     if temperature == 0:
+        weights = weigh(logits, top_k=0, top_p=1.0, min_p=0.0)
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
     else:
-        kept = truncate(logits / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        logprobs = jax.nn.log_softmax(kept, axis=-1)
-        tokens = draw_token(jnp.exp(logprobs), uniform)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        logits = logits / temperature
+        weights = weigh(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+        tokens = draw_token(weights, uniform)
+    drawn = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, drawn - logits.max(axis=-1) - jnp.log(weights.sum(axis=-1))

@@ -148,11 +148,14 @@ def even_reward() -> list[Reward]:
     return [Reward("even", "", 1.0, score)]
 
 
-def grpo_step(folder: str, *, name: str = "fixed", packing: bool = False) -> Case:
+def grpo_step(
+    folder: str, *, name: str = "fixed", packing: bool = False, lean: bool = False
+) -> Case:
     """Whole phases: sampling, rewards, log-probabilities, one optimizer step.
 
     The rate is next to nothing, or lengths would change from step to step. As in TRL no
-    pass is spent on old log-probabilities; here they are the sampler's.
+    pass is spent on old log-probabilities; here they are the sampler's. `lean`: layers
+    are scanned and recomputed, and logits are made 16 tokens at a time.
     """
     config, mesh, loaded = setup(
         *("grpo", folder, name),
@@ -165,6 +168,7 @@ def grpo_step(folder: str, *, name: str = "fixed", packing: bool = False) -> Cas
         grpo__kl_coef=0.04,
         rollout__reuse_logprobs=True,
         grpo__packing=packing,
+        **({"remat": True, "unroll": 1, "logprob_chunk": 16} if lean else {}),
     )
     optimizer = make_optimizer(config.optimizer, config.optimizer.lr, 1000)
     tokenizer = load_tokenizer(config.model)
@@ -188,6 +192,7 @@ def ppo_step(folder: str) -> Case:
         rollout__prompts=ROWS,
         ppo__epochs=2,
         ppo__minibatches=2,
+        rollout__reuse_logprobs=True,
     )
     reference = loading.copy(loaded.params)
     models, state, optimizer = ppo.make_state(config, loaded, loaded.params, mesh)
@@ -257,6 +262,7 @@ BUILDERS = {
     "train": train,
     "train_bf16": functools.partial(train, dtype="bfloat16"),
     "grpo": grpo_step,
+    "grpo_lean": functools.partial(grpo_step, lean=True),
     "grpo_ragged": functools.partial(grpo_step, name="ragged", packing=True),
     "dpo": dpo_step,
     "dpo_precomputed": dpo_step,

@@ -118,6 +118,13 @@ ROWS = (
         unit="step",
         tolerance={"entropy": 0.05},
     ),
+    Row(
+        "grpo_lean",
+        "the same, our layers recomputed and logits in chunks",
+        *(2.0, 1),
+        unit="step",
+        tolerance={"entropy": 0.05},
+    ),
     Row("dpo", "DPO step, 8 pairs x 128", 1.5, 1, "step"),
     Row(
         "dpo_precomputed",

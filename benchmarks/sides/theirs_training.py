@@ -247,6 +247,7 @@ BUILDERS = {
     "train": train,
     "train_bf16": functools.partial(train, bfloat16=True),
     "grpo": grpo_step,
+    "grpo_lean": grpo_step,
     "grpo_ragged": functools.partial(grpo_step, name="ragged"),
     "dpo": dpo_step,
     "dpo_precomputed": functools.partial(dpo_step, before=True),

@@ -151,7 +151,7 @@ def logprobs(folder: str, *, name: str = "fixed", rows: int = ROWS) -> Case:
     def score(params, given, mask):
         parts = given[:, :1], mask[:, :1], given[:, 1:], mask[:, 1:]
         scored = score_responses(
-            model, params, Transcript(*parts), temperature=1.0, chunk_size=None
+            model, params, Transcript(*parts), temperature=1.0, chunk_size=8
         )
         return scored.logprobs
 

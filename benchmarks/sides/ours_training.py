@@ -155,7 +155,7 @@ def grpo_step(
 
     The rate is next to nothing, or lengths would change from step to step. As in TRL no
     pass is spent on old log-probabilities; here they are the sampler's. `lean`: layers
-    are scanned and recomputed, and logits are made 16 tokens at a time.
+    are scanned and recomputed.
     """
     config, mesh, loaded = setup(
         *("grpo", folder, name),
@@ -167,8 +167,9 @@ def grpo_step(
         grpo__minibatches=1,
         grpo__kl_coef=0.04,
         rollout__reuse_logprobs=True,
+        logprob_chunk=16,
         grpo__packing=packing,
-        **({"remat": True, "unroll": 1, "logprob_chunk": 16} if lean else {}),
+        **({"remat": True, "unroll": 1} if lean else {}),
     )
     optimizer = make_optimizer(config.optimizer, config.optimizer.lr, 1000)
     tokenizer = load_tokenizer(config.model)
@@ -211,6 +212,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
     config, mesh, loaded = setup(
         *("dpo", folder, "fixed"),
         sequence_tokens=TRAIN_TOKENS,
+        logprob_chunk=16,
         learning__batch=8,
         learning__steps_per_phase=1,
         learning__packing=ragged,

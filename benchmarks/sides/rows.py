@@ -120,7 +120,7 @@ ROWS = (
     ),
     Row(
         "grpo_lean",
-        "the same, our layers recomputed and logits in chunks",
+        "the same, our layers recomputed",
         *(2.0, 1),
         unit="step",
         tolerance={"entropy": 0.05},

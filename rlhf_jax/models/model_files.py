@@ -29,6 +29,11 @@ class Tensor(NamedTuple):
     dtype: str
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form of a repository on the hub, as "owner/name"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
 def find_model(source: str | Path) -> Path:
     """The directory of a model: `source` itself, or the hub's files in the cache."""
     path = Path(source).expanduser()

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,14 +28,18 @@ from rlhf_jax import loading, run_files, sharding, trainable
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.families import FAMILIES, config_from_hf
-from rlhf_jax.models.model_files import find_model, open_tensors, read_config
+from rlhf_jax.models.model_files import (
+    find_model,
+    is_hub_id,
+    open_tensors,
+    read_config,
+)
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.trees import join, split
 
 ONLINE = ("ppo", "grpo")
 PAIRED = ("dpo", "reward_model", "cost_model")
 SCORED = ("reward_model", "cost_model")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Estimate(NamedTuple):
@@ -154,7 +157,7 @@ def _reward_bytes(source: Any, mesh: Any) -> int:
     if not isinstance(source, str):
         return sum(_reward_bytes(one, mesh) for one in source)
     place = loading.BUILTIN.get(source) or run_files.exported(source)
-    if not pathlib.Path(place).expanduser().is_dir() and not HUB_ID.fullmatch(place):
+    if not pathlib.Path(place).expanduser().is_dir() and not is_hub_id(place):
         return 0
     folder = find_model(place)
     if read_config(folder).get("model_type") in FAMILIES:

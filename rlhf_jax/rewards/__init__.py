@@ -29,7 +29,6 @@ import importlib
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from jax.sharding import Mesh
 from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.models.encoder_weights import ENCODERS
 from rlhf_jax.models.families import FAMILIES
-from rlhf_jax.models.model_files import find_model, read_config
+from rlhf_jax.models.model_files import find_model, is_hub_id, read_config
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards.by_host import score_share
 from rlhf_jax.rewards.classifier import load_classifier
@@ -61,7 +60,6 @@ KNOWN = (
     f"take {', '.join([*FUNCTIONS, *BUILTIN])}, the directory or hub id of a reward "
     'model or classifier, or "package.module:function"'
 )
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ENSEMBLE_OPTIONS = ("combine", "penalty")
 MODEL_OPTIONS = (*Reading._fields, "dtype", "normalize")
 
@@ -263,7 +261,7 @@ def _find_model(
     path = BUILTIN.get(source) or pathlib.Path(exported(source)).expanduser()
     if path.is_dir():
         return load_model(path, mesh=mesh, **options)
-    if HUB_ID.fullmatch(source):
+    if is_hub_id(source):
         try:
             find_model(source)
         except UserError as error:

@@ -168,14 +168,14 @@ def lower(hf_config: dict, mesh):
     import jax.numpy as jnp
 
     from configs import sft as defaults
-    from rlhf_jax import sharding
+    from rlhf_jax import backend, sharding
     from rlhf_jax.data.packing import Rows
     from rlhf_jax.models.families import config_from_hf
     from rlhf_jax.models.transformer import make_model
     from rlhf_jax.trainers import offline, sft
     from rlhf_jax.trainers.optimizer import make_optimizer
 
-    sharding.on_cpu = lambda: False  # the program is an accelerator's
+    backend.on_cpu = lambda: False  # the program is an accelerator's
     config = defaults.get_config()
     config.logprob_chunk = CHUNK
     model = make_model(config_from_hf(hf_config), dtype="bfloat16", remat=True)

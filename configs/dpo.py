@@ -56,7 +56,9 @@ def get_config() -> ConfigDict:
                 "batch": 32,  # pairs
                 "steps_per_phase": 19,
                 "accumulation": 1,  # micro-batches of a batch
-                "packing": False,  # several responses a row: where lengths differ
+                # Several responses a row: faster where lengths differ much, after some
+                # ten shapes are compiled.
+                "packing": False,
             },
             "dpo": {
                 "beta": 0.1,

@@ -72,11 +72,6 @@ RULES = (
 )
 
 
-def on_cpu() -> bool:
-    """Whether programs are written for CPUs, where other forms are fast."""
-    return jax.default_backend() == "cpu"
-
-
 def make_mesh(
     data: int = -1,
     fsdp: int = 1,

@@ -12,7 +12,7 @@ PACKAGE = "rlhf_jax"
 SOURCE = pathlib.Path(__file__).parents[1] / PACKAGE
 
 LAYERS = [
-    {"losses", "errors", "command_line"},
+    {"losses", "backend", "errors", "command_line"},
     {"models", "sharding", "hosts", "keys", "trees"},
     {
         *("data", "checkpoint", "loading", "memory", "metrics", "monitor", "plots"),

@@ -186,7 +186,10 @@ def grpo_step(
 
 
 def ppo_step(folder: str) -> Case:
-    """Whole phases of PPO: two epochs of two minibatches, a critic of its own."""
+    """Whole phases of PPO: two epochs of two minibatches, a critic of its own.
+
+    Old log-probabilities are the sampler's.
+    """
     config, mesh, loaded = setup(
         *("ppo", folder, "fixed"),
         **ROLLOUT,
@@ -228,7 +231,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
     state, optimizer = offline.make_state(config, loaded.params, mesh)
     run_phase = offline.make_phase(
         *(config, mesh, dpo.make_loss(loaded.model, config), optimizer, pairs),
-        pack=dpo.make_pack(config) if ragged else None,
+        pack=functools.partial(dpo.lay_out, accumulation=1) if ragged else None,
         accumulation=1,
         counts=dpo.count,
     )

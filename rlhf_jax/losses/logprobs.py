@@ -177,7 +177,7 @@ def _finish(logprobs, entropy, targets, mask, V):
 
 
 def _target_weights(targets, V, options):
-    """One-hot rows by comparison: fused into the sum, and local on a sharded V."""
+    """One-hot rows by comparison, which is local on a sharded V."""
     vocabulary = jnp.arange(V, dtype=jnp.int32)[None, None, :]
     epsilon = options.label_smoothing
     onehot = targets[..., None] == vocabulary
@@ -190,10 +190,13 @@ def _statistics(logits, targets, options):
     shifted = logits - largest[..., None]
     weights = jnp.exp(shifted)
     total = weights.sum(-1)
+    # Local on a sharded V too: each device looks in its part.
     target = jnp.take_along_axis(shifted, targets[..., None], -1, mode="clip")[..., 0]
     if options.label_smoothing:
         epsilon = options.label_smoothing
-        target = (1.0 - epsilon) * target + epsilon * shifted.mean(-1)
+        # 0·(−inf) is nan, so that ε = 1 leaves the target out.
+        own = (1.0 - epsilon) * target if epsilon < 1 else 0.0
+        target = own + epsilon * shifted.mean(-1)
     # 0·(−inf) is nan: what cannot be drawn adds nothing.
     average = (weights * jnp.where(weights > 0, shifted, 0.0)).sum(-1) / total
     log_total = jnp.log(total)

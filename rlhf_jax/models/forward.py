@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import sharding
+from rlhf_jax import backend, sharding
 from rlhf_jax.models.attention import Context, causal
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.layers import (
@@ -77,11 +77,12 @@ def make_context(
 
 def _cos_and_sin(angles):
     """cos and sin of angles [B, T, R/2], each computed once."""
-    if not sharding.on_cpu():
+    if not backend.on_cpu():
         return jnp.cos(angles), jnp.sin(angles)
     # XLA would compute them again for every head of every layer, unless a loop does.
-    both = lax.map(lambda i: lax.cond(i, jnp.sin, jnp.cos, angles), jnp.arange(2) > 0)
-    return both[0], both[1]
+    either = lambda is_sin: lax.cond(is_sin, jnp.sin, jnp.cos, angles)
+    cos, sin = lax.map(either, jnp.array([False, True]))
+    return cos, sin
 
 
 # Gathered over fsdp in compute dtype, half the bytes to move: rows cut along D could

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax import sharding
+from rlhf_jax import backend
 from rlhf_jax.models import cache
 from rlhf_jax.models.attention import Context, attend, attend_fused, fused_kind
 from rlhf_jax.models.config import TransformerConfig
@@ -85,10 +85,10 @@ def _rotate_forward(x, cos, sin):
     return rotate(x, cos, sin), (cos, sin)
 
 
-def _rotate_backward(angles, gradient):
+def _rotate_backward(cos_and_sin, gradient):
     # The transpose of a rotation is the one by minus the angle: one pass over memory,
     # where the parts' own transposes are padded and added up.
-    cos, sin = angles
+    cos, sin = cos_and_sin
     return rotate(gradient, cos, -sin), None, None
 
 
@@ -142,10 +142,11 @@ def _dot_backward(axis, saved, gradient):
     x_gradient = lax.dot_general(
         *(gradient, kernel),
         (((x.ndim - 1,), (1 - axis,)), ((), ())),
-        preferred_element_type=jnp.float32 if sharding.on_cpu() else x.dtype,
+        preferred_element_type=jnp.float32 if backend.on_cpu() else x.dtype,
     ).astype(x.dtype)
     if x.dtype == jnp.float32:
-        # Over several axes a CPU copies the transpose first: fast in bfloat16 only.
+        # Over several axes a CPU copies the transpose first, fast in bfloat16 only;
+        # for others it is the same.
         x, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
     pair = (x, gradient) if axis == 0 else (gradient, x)
     rows = tuple(range(x.ndim - 1))

@@ -4,6 +4,7 @@ Dimension key: B rows, P prompt tokens, N response tokens, D model width; R rows
 states where the transcripts are packed, else B of N.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +54,7 @@ def response_hidden(model: Model, params: Any, transcript: Transcript) -> jax.Ar
     prompts, prompt_mask, responses, mask, layout = transcript
     tokens = jnp.concatenate([prompts, responses], axis=1)
     if layout is not None:
-        packed = packing.gather(layout, tokens)
-        return packing.states(layout, model.apply(params, packed, layout.segments))
+        return packing.predict(layout, tokens, functools.partial(model.apply, params))
     attended = jnp.concatenate([prompt_mask, mask], axis=1)
     hidden = model.apply(params, tokens, attended)
     return hidden[:, prompts.shape[1] - 1 : -1]

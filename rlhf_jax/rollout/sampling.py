@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import backend
 
 BLOCK = 256
 TINY = 2.0**-126
@@ -59,7 +59,7 @@ def truncation_threshold(
       weights: [B, V] float32, non-negative.
       target: [B] float32, at most the sum of the weights.
       low: what τ cannot lie under.
-      high: what no value lies above.
+      high: what all values lie under.
 
     Returns:
       [B] float32.
@@ -80,7 +80,7 @@ def truncation_threshold(
         return low, high
 
     # A pass over the vocabulary costs an accelerator more than what is done in it.
-    levels = 1 if sharding.on_cpu() else 3
+    levels = 1 if backend.on_cpu() else 3
     ends = np.float32([low, high]).view(np.int32)
     ends = np.where(ends < 0, ends ^ np.int32(0x7FFFFFFF), ends)
     passes = -(-int(int(ends[1]) - int(ends[0])).bit_length() // levels)
@@ -116,7 +116,7 @@ def weigh(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.A
       min_p: keeps those at least this fraction as likely as the likeliest; 0.0 all.
 
     Returns:
-      [B, V] float32, the largest of each row 1.
+      [B, V] float32, the largest of each row 1; zero too where exp underflows.
 
     References:
       Nucleus: Holtzman et al. 2019, section 3.1, https://arxiv.org/abs/1904.09751
@@ -134,7 +134,8 @@ def weigh(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.A
         # All tokens below an even share of the rest weigh less than the rest.
         low = 0.5 * (1.0 - top_p) / V
         target = top_p * weights.sum(axis=-1)
-        threshold = truncation_threshold(weights, weights, target, low, high=1.0)
+        above = float(np.nextafter(np.float32(1), np.float32(2)))
+        threshold = truncation_threshold(weights, weights, target, low, above)
         weights = keep(weights >= threshold[:, None])
     if min_p > 0.0:
         weights = keep(shifted >= math.log(min_p))

@@ -109,13 +109,12 @@ def response_logprobs(
     B, _, T = pairs.tokens.shape
     tokens, mask, response = (x.reshape(2 * B, T) for x in pairs[:3])
     spoken, layout = response[:, 1:], pairs.layout
+    read = functools.partial(model.apply, params, dropout_key=dropout_key)
     if layout is None:
-        hidden = model.apply(params, tokens, mask, dropout_key=dropout_key)[:, :-1]
+        hidden = read(tokens, mask)[:, :-1]
         targets, real = tokens[:, 1:], spoken
     else:
-        packed = packing.gather(layout, tokens), layout.segments
-        hidden = model.apply(params, *packed, dropout_key=dropout_key)
-        hidden = packing.states(layout, hidden)
+        hidden = packing.predict(layout, tokens, read)
         targets, real = packing.targets(layout, tokens[:, 1:])
     spread = lambda values: packing.spread(layout, values, spoken)
     options = {
@@ -145,24 +144,24 @@ def response_logprobs(
     return Scored(jnp.stack(used), sums, lengths, weights)
 
 
-def make_pack(config: ConfigDict) -> Callable[[Pairs], Pairs]:
-    """Builds `pack(pairs [S, B, ...])`: a layout for each micro-batch of each step."""
+def lay_out(pairs: Pairs, *, accumulation: int) -> Pairs:
+    """Pairs [S, B, ...] with a layout for each micro-batch of each of S steps.
 
-    def pack(pairs: Pairs) -> Pairs:
-        S, T = len(pairs.tokens), pairs.tokens.shape[-1]
-        mask, response = (x.reshape(-1, T) for x in pairs[1:3])
-        ends = mask.sum(axis=1)
-        layout = packing.plan(
-            packing.Spans(np.zeros_like(ends), ends - response.sum(axis=1), ends),
-            np.arange(len(mask)).reshape(S * config.learning.accumulation, -1),
-            width=T,
-            responses=T - 1,
-            shards=sharding.batch_shards(),
-        )
-        by_step = jax.tree.map(lambda x: x.reshape(S, -1, x.shape[-1]), layout)
-        return pairs._replace(layout=by_step)
-
-    return pack
+    Rows begin with their first token, and end with the response and then padding, as
+    `encode_pairs` makes them.
+    """
+    S, T = len(pairs.tokens), pairs.tokens.shape[-1]
+    mask, response = (x.reshape(-1, T) for x in pairs[1:3])
+    ends = mask.sum(axis=1)
+    layout = packing.plan(
+        packing.Spans(np.zeros_like(ends), ends - response.sum(axis=1), ends),
+        np.arange(len(mask)).reshape(S * accumulation, -1),
+        width=T,
+        responses=T - 1,
+        shards=sharding.batch_shards(),
+    )
+    by_step = jax.tree.map(lambda x: x.reshape(S, -1, x.shape[-1]), layout)
+    return pairs._replace(layout=by_step)
 
 
 def measure(
@@ -345,12 +344,14 @@ def run(config: ConfigDict) -> None:
             reference,
         )
         common.print_plan(console, config, mesh, {"policy": state.policy})
+        accumulation = config.learning.accumulation
+        pack = functools.partial(lay_out, accumulation=accumulation)
         hooks = common.Hooks(
             run_phase=offline.make_phase(
                 *(config, mesh, make_loss(model, config), optimizer, train),
                 frozen=parts.frozen,
-                pack=make_pack(config) if config.learning.packing else None,
-                accumulation=config.learning.accumulation,
+                pack=pack if config.learning.packing else None,
+                accumulation=accumulation,
                 counts=count,
             ),
             evaluate=lambda state: evaluate(join(state.policy, parts.frozen)),

@@ -132,12 +132,12 @@ def make_phase(
       frozen: what of the model is not trained.
       cut: (the phase's row numbers, phase) -> one batch [B, ...] for each step; None
         takes them in order, in one compiled scan.
-      pack: batches [S, B, ...] of such a scan -> the same with a layout for each.
+      pack: batches [S, B, ...] of that scan -> the same, packed; only without `cut`.
       **micro_batches: the `accumulation` and `counts` of `make_update`.
     """
     update = make_update(loss, optimizer, **micro_batches)
     steps, batch = config.learning.steps_per_phase, config.learning.batch
-    layout = NamedSharding(mesh, P(None, sharding.BATCH))
+    across = NamedSharding(mesh, P(None, sharding.BATCH))
     count = len(jax.tree.leaves(rows)[0])
 
     def scans(phase: int):
@@ -155,7 +155,7 @@ def make_phase(
         for number, batches in enumerate(scans(phase)):
             # One scan draws from the phase's key itself, as all runs before did.
             scan_key = jax.random.fold_in(key, number) if cut is not None else key
-            batches = sharding.to_devices(batches, layout)
+            batches = sharding.to_devices(batches, across)
             state, metrics = update(state, batches, scan_key, frozen)
             found.append(metrics)
         metrics = jax.tree.map(lambda *x: sum(x) / len(x), *found)

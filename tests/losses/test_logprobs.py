@@ -157,6 +157,38 @@ def test_gradient_equals_that_through_the_logits(rng, case):
 
 
 @each_chunk
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_result_that_is_not_used_adds_nothing(rng, chunk_size, used):
+    """Its cotangent is left out; so the gradient is that of zeros in its place."""
+    arguments = random_arguments(rng)
+    apply = functools.partial(token_logprobs, temperature=0.7, chunk_size=chunk_size)
+    alone = jax.grad(lambda *x: apply(*x, arguments[2])[used].sum(), argnums=(0, 1))
+
+    def both(*x):
+        results = apply(*x, arguments[2])
+        return sum(x.sum() * float(n == used) for n, x in enumerate(results))
+
+    got = jax.jit(alone)(*arguments[:2])
+    expected = jax.jit(jax.grad(both, argnums=(0, 1)))(*arguments[:2])
+    each = jax.vmap(jax.jit(alone))(*(x[None] for x in arguments[:2]))
+    for x, y, z in zip(got, expected, each, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(x, z[0], rtol=1e-5, atol=1e-6)
+
+
+def test_labels_smoothed_to_nothing(rng):
+    """ε = 1 does not look at the target, though it cannot be drawn."""
+    logits = rng.normal(size=(1, 2, V)).astype(np.float32)
+    targets = np.zeros((1, 2), np.int32)
+    logits[0, 1, 0] = -np.inf
+    got, _ = logprobs_from_logits(logits, targets, temperature=1.0, label_smoothing=1.0)
+    np.testing.assert_allclose(
+        got[0, 0], np.asarray(jax.nn.log_softmax(logits[0, 0])).mean(), rtol=1e-5
+    )
+    assert got[0, 1] == -np.inf
+
+
+@each_chunk
 def test_padding_is_irrelevant(rng, chunk_size):
     hidden, unembedding, targets = random_arguments(rng)
     mask = invariants.random_mask(rng, B, T)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import layers
+from rlhf_jax import backend
+from rlhf_jax.models import forward, layers
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -73,6 +74,32 @@ def test_rotate_is_multiplication_by_a_unit_complex_number():
     np.testing.assert_allclose(got[..., :2], turned.real, atol=1e-6)
     np.testing.assert_allclose(got[..., 2:4], turned.imag, atol=1e-6)
     np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_rotation_is_its_transpose(dtype):
+    """<g, rotate(x)> = <gradient, x>, and an untouched channel's is g's own."""
+    x, g = (jax.random.normal(jax.random.key(n), (2, 3, 2, 6), dtype) for n in (0, 1))
+    angles = jax.random.normal(jax.random.key(2), (2, 3, 2))
+    turned, back = jax.vjp(
+        lambda x: layers.rotate(x, jnp.cos(angles), jnp.sin(angles)), x
+    )
+    (gradient,) = back(g)
+    assert gradient.dtype == x.dtype
+    one, other = (
+        np.vdot(*map(np.float64, pair)) for pair in ((g, turned), (gradient, x))
+    )
+    rounding = {"float32": 1e-6, "bfloat16": 0.05}[dtype]
+    np.testing.assert_allclose(one, other, rtol=rounding)
+    np.testing.assert_array_equal(gradient[..., 4:], g[..., 4:])
+
+
+def test_accelerators_have_the_same_angles(monkeypatch):
+    angles = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    on_cpu = forward._cos_and_sin(angles)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    for got, want in zip(on_cpu, forward._cos_and_sin(angles), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,33 @@ def test_shapes_are_few():
     assert len(shapes) <= 12 and len(shapes) > 1
 
 
+def test_right_padded_rows_by_hand():
+    """Rows of 5: a prompt of 2 with 2 tokens, and one of 1 with 1, share a row."""
+    spans = packing.Spans(*map(np.array, ([0, 0], [2, 1], [4, 2])))
+    layout = packing.plan(spans, np.array([[0, 1]]), width=5, responses=4, shards=1)
+    assert layout.tokens[0].tolist() == [[0, 1, 2, 5, 0]]
+    assert layout.segments[0].tolist() == [[1, 1, 1, 2, 0]]
+    # Columns 1 and 2 predict the first response, and 3 the second.
+    assert layout.states[0, 0, :3].tolist() == [1, 2, 3]
+    # Of the last four columns of each: 2 and 3 of row 0, 1 of row 1.
+    assert layout.targets[0, 0].tolist() == [1, 2, 4, -1]
+    assert layout.places[0][0, 1:3].tolist() == [0, 1]
+    assert layout.places[0][1, 0] == 2
+
+
+@pytest.mark.parametrize("spans", [([0], [0], [2]), ([0], [2], [2]), ([0], [1], [3])])
+def test_what_cannot_be_laid_out(spans):
+    """No token before the response, none in it, and one outside its columns."""
+    with pytest.raises(ValueError, match="each response must have a token"):
+        packing.plan(
+            packing.Spans(*map(np.array, spans)),
+            np.array([[0]]),
+            width=4,
+            responses=2,
+            shards=1,
+        )
+
+
 def gradient(llama, transcript):
     def total(params):
         scored = score_responses(llama.model, params, transcript, **STATIC)

@@ -84,7 +84,9 @@ def take_steps(config, mesh, steps=2):
         )
         batches = jax.tree.map(lambda x: x[None], pairs)
         if config.learning.packing:
-            batches = dpo.make_pack(config)(jax.device_get(batches))
+            batches = dpo.lay_out(
+                jax.device_get(batches), accumulation=config.learning.accumulation
+            )
             assert batches.layout.segments.max() > 1
         metrics = []
         for step in range(steps):

@@ -66,6 +66,14 @@ def test_learns_resumes_and_repeats(world, run, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path / "again", tmp_path / "straight")
 
 
+def test_a_packed_run_resumes(world, run, tmp_path):
+    packed = functools.partial(dpo_config, world, learning__packing=True)
+    run(packed(tmp_path / "straight", total_phases=3, checkpoint__every=1))
+    run(packed(tmp_path / "resumed", total_phases=2, checkpoint__every=1))
+    run(packed(tmp_path / "resumed", total_phases=3, checkpoint__every=1))
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
 def test_a_resumed_run_reads_the_reference(world, run, tmp_path, capsys):
     workdir = tmp_path / "run"
     run(dpo_config(world, workdir, total_phases=1))
@@ -77,11 +85,9 @@ def test_a_resumed_run_reads_the_reference(world, run, tmp_path, capsys):
     assert all(path.read_bytes() == before for path, before in kept.items())
 
 
-def test_eight_devices_and_one_agree(world, run, tmp_path):
-    """After five steps at a learning rate at which rounding does not grow.
-
-    The eight pack several responses to a row.
-    """
+@pytest.mark.parametrize("packing", [True, False])
+def test_eight_devices_and_one_agree(world, run, tmp_path, packing):
+    """After five steps at a learning rate at which rounding does not grow."""
     calm = {
         "optimizer__lr": 3e-4,
         "total_phases": 1,
@@ -91,7 +97,7 @@ def test_eight_devices_and_one_agree(world, run, tmp_path):
     }
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     run(dpo_config(world, tmp_path / "one", **calm))
-    split["learning__packing"] = True
+    split["learning__packing"] = packing
     run(dpo_config(world, tmp_path / "eight", **calm, **split), devices=8)
     assert_close_runs(tmp_path / "eight", tmp_path / "one")
 

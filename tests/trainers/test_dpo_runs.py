@@ -50,7 +50,8 @@ def made_up_pairs(monkeypatch):
 
 
 def test_learns_resumes_and_repeats(world, run, tmp_path, monkeypatch, capsys):
-    make_config = functools.partial(dpo_config, world, learning__accumulation=2)
+    packed = {"learning__accumulation": 2, "learning__packing": True}
+    make_config = functools.partial(dpo_config, world, **packed)
     check_learns_and_resumes(run, make_config, tmp_path, monkeypatch, capsys)
     rows = metrics_of(tmp_path / "straight")
     first, last = rows[0], rows[-1]
@@ -64,14 +65,6 @@ def test_learns_resumes_and_repeats(world, run, tmp_path, monkeypatch, capsys):
     assert {row["split"] for row in samples} == {"heldout"} and len(samples) == 16
     run(make_config(tmp_path / "again"))
     assert_same_run(tmp_path / "again", tmp_path / "straight")
-
-
-def test_a_packed_run_resumes(world, run, tmp_path):
-    packed = functools.partial(dpo_config, world, learning__packing=True)
-    run(packed(tmp_path / "straight", total_phases=3, checkpoint__every=1))
-    run(packed(tmp_path / "resumed", total_phases=2, checkpoint__every=1))
-    run(packed(tmp_path / "resumed", total_phases=3, checkpoint__every=1))
-    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
 
 
 def test_a_resumed_run_reads_the_reference(world, run, tmp_path, capsys):

@@ -17,6 +17,12 @@ class Ended(NamedTuple):
     err: str
 
 
+def spoken(text: str) -> list[str]:
+    """The lines that are not Gloo's, whose threads write into each other's."""
+    of_gloo = lambda line: "[Gloo]" in line or "peer ranks" in line
+    return [line for line in text.splitlines() if line and not of_gloo(line)]
+
+
 def free_address() -> str:
     """localhost, and a port that nobody has."""
     with socket.socket() as free:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from rlhf_jax import checkpoint
+from tests.processes import spoken
 
 from .test_checkpoint import (
     assert_same,
@@ -120,10 +121,7 @@ def two_processes(folder, do, where=""):
     outputs = [process.communicate(timeout=120) for process in processes]
     for process, (_, complaints) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, complaints
-    return [
-        [line for line in told.splitlines() if not line.startswith("[Gloo]")]
-        for told, _ in outputs
-    ]
+    return [spoken(told) for told, _ in outputs]
 
 
 def cut_the_part_of_process_1(folder):

@@ -124,21 +124,20 @@ def weigh(logits: jax.Array, *, top_k: int, top_p: float, min_p: float) -> jax.A
     """
     V = logits.shape[-1]
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    keep = lambda kept: jnp.where(kept, weights, 0.0)
     weights = jnp.exp(shifted)
     if 0 < top_k < V:
         count = jnp.full(logits.shape[:1], float(top_k))
         threshold = truncation_threshold(logits, jnp.ones_like(logits), count)
-        weights = keep(logits >= threshold[:, None])
+        weights = jnp.where(logits >= threshold[:, None], weights, 0.0)
     if top_p < 1.0:
         # All tokens below an even share of the rest weigh less than the rest.
         low = 0.5 * (1.0 - top_p) / V
         target = top_p * weights.sum(axis=-1)
         above = float(np.nextafter(np.float32(1), np.float32(2)))
         threshold = truncation_threshold(weights, weights, target, low, above)
-        weights = keep(weights >= threshold[:, None])
+        weights = jnp.where(weights >= threshold[:, None], weights, 0.0)
     if min_p > 0.0:
-        weights = keep(shifted >= math.log(min_p))
+        weights = jnp.where(shifted >= math.log(min_p), weights, 0.0)
     return weights
 
 

@@ -7,8 +7,8 @@ the policy continues openings of reviews, the reward model was trained on what p
 think of such sentences. The algorithm is PPO as in Huang et al. 2024,
 https://arxiv.org/abs/2403.17031.
 
-Expect a held-out reward that goes from about 0.2 to 1.45, VADER's judgement, which is
-not trained on, from 0.2 to 0.55, and a KL of under 3 nats, after some 95 seconds on two
+Expect a held-out reward that goes from about 0.2 to 1.41, VADER's judgement, which is
+not trained on, from 0.2 to 0.57, and a KL of under 3 nats, after some 95 seconds on two
 cores.
 Another model, or other prompts, are a flag away:
 

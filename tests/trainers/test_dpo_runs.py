@@ -92,7 +92,9 @@ def test_eight_devices_and_one_agree(world, run, tmp_path, packing):
     run(dpo_config(world, tmp_path / "one", **calm))
     split["learning__packing"] = packing
     run(dpo_config(world, tmp_path / "eight", **calm, **split), devices=8)
-    assert_close_runs(tmp_path / "eight", tmp_path / "one")
+    # In the first of five steps the policy is the reference, and no pair told apart.
+    ties = {"rewards/accuracy": 1 / 5}
+    assert_close_runs(tmp_path / "eight", tmp_path / "one", wider=ties)
 
 
 def test_without_the_reference_there_is_no_kl_and_no_second_copy(

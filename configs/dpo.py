@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
                 "batch": 32,  # pairs
                 "steps_per_phase": 19,
                 "accumulation": 1,  # micro-batches of a batch
-                # Several responses a row: faster where lengths differ much, after some
-                # ten shapes are compiled.
+                # Several responses a row, and a pair's prompt once: faster where
+                # lengths differ or prompts are long, when ten shapes are compiled.
                 "packing": False,
             },
             "dpo": {

@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
                 "epochs": 2,
                 "minibatches": 2,
                 "accumulation": 1,
-                "packing": False,  # several responses a row: where lengths differ
+                "packing": False,  # several responses a row, and their prompt once
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "dual_clip": 0.0,  # 0: off

@@ -6,3 +6,8 @@ import jax
 def on_cpu() -> bool:
     """Whether programs run on CPUs."""
     return jax.default_backend() == "cpu"
+
+
+def on_tpu() -> bool:
+    """Whether programs run on TPUs."""
+    return jax.default_backend() == "tpu"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 PROMPT, NEW = 32, 64  # tokens
+LONG_PROMPT, SHORT_NEW = 256, 32  # as where long texts are summed up
 ROWS, GROUP = 16, 8  # sequences of a batch, responses to one prompt
 TRAIN_ROWS, TRAIN_TOKENS = 8, 128
 REQUESTS, LONGEST = 64, 128  # of the case with lengths of all kinds
@@ -90,9 +91,9 @@ def as_text(ids: np.ndarray) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
-def prompt_texts() -> list[str]:
+def prompt_texts(length: int = PROMPT) -> list[str]:
     """Prompts of equal length for the trainers that sample."""
-    return [as_text(row) for row in tokens("prompts", 4 * ROWS, PROMPT)]
+    return [as_text(row) for row in tokens("prompts", 4 * ROWS, length)]
 
 
 def pair_texts(*, ragged: bool) -> list[tuple[str, str, str]]:

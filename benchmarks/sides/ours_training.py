@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from cases import (
     GROUP,
+    LONG_PROMPT,
     NEW,
     PROMPT,
     ROWS,
+    SHORT_NEW,
     TRAIN_ROWS,
     TRAIN_TOKENS,
     even_share,
@@ -51,6 +53,10 @@ ROLLOUT = {
     "rollout.prompt_tokens": PROMPT,
     "rollout.max_new_tokens": NEW,
     "rollout.temperature": 1.0,
+}
+LONG_ROLLOUT = ROLLOUT | {
+    "rollout.prompt_tokens": LONG_PROMPT,
+    "rollout.max_new_tokens": SHORT_NEW,
 }
 
 
@@ -149,17 +155,17 @@ def even_reward() -> list[Reward]:
 
 
 def grpo_step(
-    folder: str, *, name: str = "fixed", packing: bool = False, lean: bool = False
+    folder: str, *, name: str = "fixed", lean: bool = False, long: bool = False
 ) -> Case:
     """Whole phases: sampling, rewards, log-probabilities, one optimizer step.
 
     The rate is next to nothing, or lengths would change from step to step. As in TRL no
     pass is spent on old log-probabilities; here they are the sampler's. `lean`: layers
-    are scanned and recomputed.
+    are scanned and recomputed; `long`: prompts are long, and responses short.
     """
     config, mesh, loaded = setup(
         *("grpo", folder, name),
-        **ROLLOUT,
+        **(LONG_ROLLOUT if long else ROLLOUT),
         rollout__prompts=ROWS // GROUP,
         rollout__group=GROUP,
         optimizer__lr=1e-9,
@@ -168,7 +174,7 @@ def grpo_step(
         grpo__kl_coef=0.04,
         rollout__reuse_logprobs=True,
         logprob_chunk=16,
-        grpo__packing=packing,
+        grpo__packing=True,
         **({"remat": True, "unroll": 1} if lean else {}),
     )
     optimizer = make_optimizer(config.optimizer, config.optimizer.lr, 1000)
@@ -180,7 +186,8 @@ def grpo_step(
     run_phase = grpo.make_phase(
         *(config, mesh, loaded.model, optimizer),
         sampler_of(config.rollout, loaded.model, tokenizer, mesh),
-        *(even_reward(), Prompts(prompt_texts(), {}), reference, None),
+        *(even_reward(), Prompts(prompt_texts(config.rollout.prompt_tokens), {})),
+        *(reference, None),
     )
     return phases(run_phase, state, "policy/entropy")
 
@@ -218,7 +225,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
         logprob_chunk=16,
         learning__batch=8,
         learning__steps_per_phase=1,
-        learning__packing=ragged,
+        learning__packing=True,
     )
     tokenizer = load_tokenizer(config.model)
     texts = [Pair(*texts) for texts in pair_texts(ragged=ragged)]
@@ -231,7 +238,7 @@ def dpo_step(folder: str, *, ragged: bool = False) -> Case:
     state, optimizer = offline.make_state(config, loaded.params, mesh)
     run_phase = offline.make_phase(
         *(config, mesh, dpo.make_loss(loaded.model, config), optimizer, pairs),
-        pack=functools.partial(dpo.lay_out, accumulation=1) if ragged else None,
+        pack=functools.partial(dpo.lay_out, accumulation=1),
         accumulation=1,
         counts=dpo.count,
     )
@@ -267,8 +274,9 @@ BUILDERS = {
     "train": train,
     "train_bf16": functools.partial(train, dtype="bfloat16"),
     "grpo": grpo_step,
+    "grpo_long": functools.partial(grpo_step, long=True),
     "grpo_lean": functools.partial(grpo_step, lean=True),
-    "grpo_ragged": functools.partial(grpo_step, name="ragged", packing=True),
+    "grpo_ragged": functools.partial(grpo_step, name="ragged"),
     "dpo": dpo_step,
     "dpo_precomputed": dpo_step,
     "dpo_ragged": functools.partial(dpo_step, ragged=True),

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cases import (
+    LONG_PROMPT,
     LONGEST,
     NEW,
     PROMPT,
     SHAPES,
+    SHORT_NEW,
     TRAIN_ROWS,
     TRAIN_TOKENS,
     forward_flops,
@@ -121,6 +123,13 @@ ROWS = (
     Row(
         "grpo_lean",
         "the same, our layers recomputed",
+        *(2.0, 1),
+        unit="step",
+        tolerance={"entropy": 0.05},
+    ),
+    Row(
+        "grpo_long",
+        f"GRPO step, {SEQUENCES} x ({LONG_PROMPT} + {SHORT_NEW})",
         *(2.0, 1),
         unit="step",
         tolerance={"entropy": 0.05},

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from cases import (
     GROUP,
+    LONG_PROMPT,
     NEW,
     ROWS,
+    SHORT_NEW,
     TRAIN_ROWS,
     TRAIN_TOKENS,
     as_text,
@@ -136,14 +138,15 @@ def train(folder: str, *, bfloat16: bool = False) -> Case:
     return Case(run, outputs)
 
 
-def grpo_step(folder: str, *, name: str = "fixed") -> Case:
+def grpo_step(folder: str, *, name: str = "fixed", long: bool = False) -> Case:
     """Steps of GRPOTrainer: sampling, rewards, reference, one optimizer step."""
+    prompts = prompt_texts(LONG_PROMPT) if long else prompt_texts()
     settings = GRPOConfig(
         tempfile.mkdtemp(),
         **PLAIN | {"learning_rate": 1e-9},
         per_device_train_batch_size=ROWS,
         num_generations=GROUP,
-        max_completion_length=NEW,
+        max_completion_length=SHORT_NEW if long else NEW,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
@@ -153,7 +156,7 @@ def grpo_step(folder: str, *, name: str = "fixed") -> Case:
         load(folder, name),
         lambda completions, **_: [even_share(text) for text in completions],
         settings,
-        train_dataset=Dataset.from_list([{"prompt": x} for x in prompt_texts()]),
+        train_dataset=Dataset.from_list([{"prompt": x} for x in prompts]),
         processing_class=AutoTokenizer.from_pretrained(pathlib.Path(folder) / name),
     )
     step = stepwise(trainer)
@@ -247,6 +250,7 @@ BUILDERS = {
     "train": train,
     "train_bf16": functools.partial(train, bfloat16=True),
     "grpo": grpo_step,
+    "grpo_long": functools.partial(grpo_step, long=True),
     "grpo_lean": grpo_step,
     "grpo_ragged": functools.partial(grpo_step, name="ragged"),
     "dpo": dpo_step,

@@ -30,14 +30,17 @@ def final_norm(config: TransformerConfig) -> Norm:
     return Norm(config.norm, config.norm_eps, config.norm_unit_offset)
 
 
-def _allowed(segments):
+def _allowed(segments, branches=None):
     """[B, T, T] bool: causal and inside a segment; padding sees only padding."""
     same = segments[:, :, None] == segments[:, None, :]
+    if branches is not None:
+        keys = branches[:, None, :]
+        same &= (keys == 0) | (keys == branches[:, :, None])
     return causal(segments.shape[1]) & same
 
 
 def _count(allowed):
-    """Positions [B, T] int32: how many tokens of its segment precede each token."""
+    """Positions [B, T] int32: how many tokens a token sees before itself."""
     return allowed.sum(-1, dtype=jnp.int32) - 1
 
 
@@ -170,6 +173,7 @@ def run_layers(
     remat: bool = False,
     remat_keeps: str = "",
     unroll: int = 1,
+    branches: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     keep_cache: bool = False,
     keep_states: bool = False,
@@ -186,6 +190,7 @@ def run_layers(
         remat: recompute layers in the backward pass.
         remat_keeps: what of them is not recomputed: "" or "matmuls".
         unroll: how many layers the scan's body has.
+        branches: [B, T] int32, of a segment; see `transformer.apply`.
         dropout_key: a typed PRNG key switches dropout and NEFTune's noise on.
         keep_cache: whether keys and values are wanted.
         keep_states: whether each layer's result is wanted, in place of those.
@@ -195,7 +200,7 @@ def run_layers(
         (keys, values), each [L, B, K, T, h], or with `keep_states` the residual stream
         after each layer [L, B, T, D].
     """
-    allowed = None if segments is None else _allowed(segments)
+    allowed = None if segments is None else _allowed(segments, branches)
     if positions is None and allowed is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     elif positions is None:
@@ -208,7 +213,8 @@ def run_layers(
             whole = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
             x = x + embedding_noise(config, whole, x, embed_key)
     x = sharding.constrain(x, sharding.BATCH, None, None)
-    contexts = _contexts(config, positions, allowed, segments)
+    told = segments if branches is None else None  # they do not tell of branches
+    contexts = _contexts(config, positions, allowed, told)
 
     def run_layer(x, per_layer):
         weights, index, slides = per_layer

@@ -74,8 +74,8 @@ def make_model(
     Returns:
         A Model:
         - `init(key, *, head=False) -> params`.
-        - `apply(params, tokens, mask, *, positions=None, dropout_key=None)
-          -> hidden [B, T, D]`.
+        - `apply(params, tokens, mask, *, positions=None, branches=None,
+          dropout_key=None) -> hidden [B, T, D]`.
         - `prefill(params, tokens, mask, *, cache_length, cache_dtype="")
           -> (hidden, Cache)`.
         - `unstack(params) -> params` whose layers are a tuple, for `decode`.
@@ -158,6 +158,7 @@ def apply(
     mask: jax.Array | None,
     *,
     positions: jax.Array | None = None,
+    branches: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states of whole sequences, after the final norm.
@@ -175,6 +176,9 @@ def apply(
             is one text from its first token on, and what follows it does not matter.
         positions: [B, T] int, or None to count the real tokens of each segment, which
             makes left- and right-padded rows agree.
+        branches: [B, T] int32, several ways in which a segment goes on: what is 0 is
+            seen by all that follows, what has a positive number by that number alone,
+            and is counted as if it followed the zeros. None: a segment is one text.
         dropout_key: a typed PRNG key switches `config.dropout` and `neftune_alpha` on.
 
     Returns:
@@ -190,6 +194,7 @@ def apply(
         remat=remat,
         remat_keeps=remat_keeps,
         unroll=unroll,
+        branches=branches,
         dropout_key=dropout_key,
     )
     return hidden

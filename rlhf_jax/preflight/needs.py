@@ -281,26 +281,31 @@ def _update(
     accumulates = learning.get("accumulation", 1) > 1 or (
         "learning" in config and config.learning.get("accumulation", 1) > 1
     )
-    name = "logits" if logits > layer else "one layer's backward pass"
+    table, layers = _gathered(config, share, mesh)
+    at_logits = logits + table > layer + layers
+    name = "logits" if at_logits else "one layer's backward pass"
     return {
         "gradients": (2 if accumulates else 1) * held["trained"],
         "activations kept": int(kept),
-        name: int(max(logits, layer)),
-        "gathered weights": _gathered(config, shape, mesh),
+        name: int(logits if at_logits else layer),
+        "gathered weights": table if at_logits else layers,
     }
 
 
-def _gathered(config: ConfigDict, shape: TransformerConfig, mesh: Any) -> int:
-    """What `fsdp` brings together for a moment: a layer's weights and the tables.
+def _gathered(
+    config: ConfigDict, share: TransformerConfig, mesh: Any
+) -> tuple[int, int]:
+    """What `fsdp` brings together for the logits, and for one layer's backward pass.
 
-    Of the next layer too, and of each the gradient in float32 before it is scattered.
+    The table, or a layer's weights and those of the next; and before it is scattered
+    the gradient, in float32.
     """
     if mesh.shape["fsdp"] == 1:
-        return 0
-    params = _params(_share(shape, mesh))
-    layers = sum(x.size for x in jax.tree.leaves(params["layers"])) // shape.num_layers
-    tables = 2 * shape.d_model * _share(shape, mesh).vocab_size
-    return layers * (2 * _itemsize(config) + 4) + tables * (_itemsize(config) + 4)
+        return 0, 0
+    layers = jax.tree.leaves(_params(share)["layers"])
+    layer = sum(x.size for x in layers) // share.num_layers
+    table, size = share.d_model * share.vocab_size, _itemsize(config)
+    return table * (size + 4), layer * (2 * size + 4)
 
 
 def _itemsize(config: ConfigDict) -> int:

@@ -1,33 +1,48 @@
 """Responses of different lengths learned from without their padding.
 
 A batch of transcripts is padded, and a forward pass spends its time on padding too. A
-`Layout` says how the real tokens fill fewer rows of the same width, several transcripts
-to a row, each a segment of its own that attention does not leave. The log-probabilities
+`Layout` says how the real tokens fill fewer rows, several transcripts to a row, each a
+segment of its own that attention does not leave. Responses to one prompt share it: it
+stands once, they follow one after the other, and none sees another. Log-probabilities
 come back as [B, N], so that a loss is the same with and without.
 
-Rows are rounded up to an eighth, and states to a quarter, of what they would be without
-packing: of 32 shapes a run meets about ten, and each is compiled once.
+Rows are rounded up to an eighth of what they would be without packing, and states to a
+quarter of a row: a run meets about ten shapes, and each is compiled once.
 
 Dimension key: B transcripts of W tokens, N of them responses or what may be one, at the
-end; R packed rows, C states of a row that predict a response token.
+end; R packed rows of X tokens, C states of a row that predict a response token.
+
+References:
+    Wang and Hegde 2024 (one prompt for both responses of DPO),
+    https://arxiv.org/abs/2410.20305
+    Liu et al. 2025 (one prompt for a group of GRPO), https://arxiv.org/abs/2506.05433
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import backend, sharding
+
+# A row has room for so many of the longest responses to one prompt. More than one where
+# that saves a seventh of all tokens: attention takes longer in wider rows.
+ROOM_FOR = (1, 2, 4, 8)
+WORTH_IT = 6 / 7
 
 
 class Layout(NamedTuple):
     """Where the tokens of a batch stand in packed rows; all int32.
 
     Attributes:
-      tokens: [R, W], which of the batch's B·W tokens stands there.
-      segments: [R, W], number of the transcript in its row, from 1; 0 is padding.
+      tokens: [R, X], which of the batch's B·W tokens stands there.
+      segments: [R, X], number of a prompt and its responses in the row, from 1; 0 is
+        padding.
+      branches: [R, X], number of a response in its segment, from 1; 0 is the prompt.
+        None where each segment has one response.
       states: [R, C], the column of the state that predicts a response token.
       targets: [R, C], which of the batch's B·N response tokens that is; -1 for none.
       places: [B, N], where each response token is among the R·C; any if there is none.
@@ -35,6 +50,7 @@ class Layout(NamedTuple):
 
     tokens: jax.Array
     segments: jax.Array
+    branches: jax.Array | None
     states: jax.Array
     targets: jax.Array
     places: jax.Array
@@ -68,8 +84,23 @@ class Spans(NamedTuple):
     end: np.ndarray  # past the last
 
 
+class Rows(NamedTuple):
+    """How the rows of several batches are filled, before they are written out."""
+
+    packed: list[list[list[np.ndarray]]]  # batch, row, segment: [responses] int
+    count: int  # R
+    width: int  # X
+    said: int  # response tokens if all are as long as can be
+
+
 def plan(
-    spans: Spans, batches: np.ndarray, *, width: int, responses: int, shards: int
+    spans: Spans,
+    batches: np.ndarray,
+    *,
+    width: int,
+    responses: int,
+    shards: int,
+    prompts: np.ndarray | None = None,
 ) -> Layout:
     """The layouts of several batches of equal size, with one shape for all.
 
@@ -79,6 +110,8 @@ def plan(
       width: W.
       responses: N, the last columns of W, in which all responses lie.
       shards: R is a multiple of it, as the batch is cut over the mesh.
+      prompts: [rows] int, equal for rows whose prompts are, to the token: where such
+        meet in a batch they share it. None: no two are.
 
     Returns:
       A Layout of NumPy arrays with a leading axis K.
@@ -92,30 +125,39 @@ def plan(
             f"each response must have a token, one before it, and lie in the last "
             f"{responses} of {width} columns"
         )
-    # The last token predicts nothing that is asked for.
-    needed, spoken = spans.end - 1 - spans.start, spans.end - spans.response
-    packed = [pack(needed[batch], width) for batch in batches]
-    most = max(
-        int(spoken[batch][row].sum())
-        for batch, rows in zip(batches, packed)
-        for row in rows
-    )
-    B = batches.shape[1]
-    count = _round_up(max(len(rows) for rows in packed), B, parts=8, multiple=shards)
-    states = _round_up(most, width, parts=4)
-    filled = [
-        _fill(
-            rows,
-            Spans(*(column[batch] for column in spans)),
-            empty=_empty(count, states, B, width, responses),
-        )
-        for batch, rows in zip(batches, packed)
+    cut = [Spans(*(column[batch] for column in spans)) for batch in batches]
+    # On TPUs fused attention knows segments, and nothing within one.
+    if prompts is None or backend.on_tpu():
+        prompts = np.arange(len(spans.start))
+    alike = [_alike(prompts[batch]) for batch in batches]
+    rows = _choose_rows(cut, alike, width, responses, shards)
+    spoken = [
+        sum(int((batch.end - batch.response)[items].sum()) for items in segments)
+        for batch, filled in zip(cut, rows.packed)
+        for segments in filled
     ]
-    return Layout(*(np.stack(x) for x in zip(*filled)))
+    states = _round_up(max(spoken), rows.width, parts=4)
+    empty = _empty(
+        rows,
+        states=_at_most(rows.said, max(spoken), states),
+        responses=(batches.shape[1], responses),
+        branching=any(len(items) > 1 for items in itertools.chain(*alike)),
+    )
+    layouts = [
+        _fill(filled, batch, width, jax.tree.map(np.copy, empty))
+        for batch, filled in zip(cut, rows.packed)
+    ]
+    return jax.tree.map(lambda *x: np.stack(x), *layouts)
 
 
-def plan_transcript(transcript: Any, batches: np.ndarray) -> Layout:
-    """`plan` for batches [K, B] of a transcript's rows, whose lengths are fetched."""
+def plan_transcript(transcript: Any, batches: np.ndarray, *, group: int = 1) -> Layout:
+    """`plan` for batches [K, B] of a transcript's rows, whose lengths are fetched.
+
+    Args:
+      transcript: of which each `group` rows have one prompt.
+      batches: row numbers.
+      group: G.
+    """
     prompt_mask, mask = transcript.prompt_mask, transcript.mask
     P, N = prompt_mask.shape[1], mask.shape[1]
     prompts, said = sharding.to_host((prompt_mask.sum(axis=1), mask.sum(axis=1)))
@@ -125,70 +167,142 @@ def plan_transcript(transcript: Any, batches: np.ndarray) -> Layout:
         width=P + N,
         responses=N,
         shards=sharding.batch_shards(),
+        prompts=np.arange(len(said)) // group,
     )
+
+
+def _alike(prompts: np.ndarray) -> list[np.ndarray]:
+    """The places of each number in [B] numbers."""
+    return [np.flatnonzero(prompts == one) for one in np.unique(prompts)]
+
+
+def _choose_rows(
+    batches: Sequence[Spans],
+    alike: Sequence[list],
+    width: int,
+    responses: int,
+    shards: int,
+) -> Rows:
+    """Rows as wide as one transcript, or wider if that is worth it."""
+    B = len(batches[0].start)
+    longest = max(int((batch.end - batch.response).max()) for batch in batches)
+    longest = min(_round_up(longest, width, parts=4), responses)
+    most_alike = max(len(items) for items in itertools.chain(*alike))
+    best = None
+    for room_for in ROOM_FOR:
+        if room_for > most_alike:
+            break
+        more = (room_for - 1) * longest
+        wide = width + more
+        wide += wide % 2 if more else 0  # cuDNN takes no odd lengths
+        packed = [_segments(*batch, wide) for batch in zip(batches, alike)]
+        needed = max(len(rows) for rows in packed)
+        without = -(-B * width // wide)
+        count = _round_up(needed, without, parts=8, multiple=shards)
+        if best is None or count * wide <= WORTH_IT * best.count * best.width:
+            best = Rows(packed, count, wide, responses + more)
+    return best
+
+
+def _segments(spans: Spans, alike: list[np.ndarray], width: int) -> list[list]:
+    """Rows of segments, each the numbers of responses that share a prompt."""
+    before = spans.response - spans.start
+    # The last token predicts nothing that is asked for.
+    after = spans.end - 1 - spans.response
+    segments = [
+        items[together]
+        for items in alike
+        for together in pack(after[items], width - before[items[0]])
+    ]
+    sizes = np.array([before[items[0]] + after[items].sum() for items in segments])
+    return [[segments[i] for i in row] for row in pack(sizes, width)]
 
 
 def _round_up(needed: int, most: int, *, parts: int, multiple: int = 1) -> int:
     """`needed`, up to a part of `most`, or to it, and to a multiple."""
     part = -(-most // parts)
-    rounded = min(-(-needed // part) * part, most)
+    rounded = _at_most(most, needed, -(-needed // part) * part)
     return -(-rounded // multiple) * multiple
 
 
-def _empty(rows: int, states: int, B: int, width: int, responses: int) -> Layout:
+def _at_most(bound: int, needed: int, rounded: int) -> int:
+    """`rounded`, or the bound if it is lower and enough."""
+    return bound if needed <= bound < rounded else rounded
+
+
+def _empty(
+    rows: Rows, *, states: int, responses: tuple[int, int], branching: bool
+) -> Layout:
     zeros = lambda *shape: np.zeros(shape, np.int32)
     return Layout(
-        tokens=zeros(rows, width),
-        segments=zeros(rows, width),
-        states=zeros(rows, states),
-        targets=zeros(rows, states) - 1,
-        places=zeros(B, responses),
+        tokens=zeros(rows.count, rows.width),
+        segments=zeros(rows.count, rows.width),
+        branches=zeros(rows.count, rows.width) if branching else None,
+        states=zeros(rows.count, states),
+        targets=zeros(rows.count, states) - 1,
+        places=zeros(*responses),
     )
 
 
-def _fill(rows: list[list[int]], spans: Spans, *, empty: Layout) -> Layout:
+def _fill(
+    rows: list[list[np.ndarray]], spans: Spans, width: int, empty: Layout
+) -> Layout:
     """One batch's layout."""
-    width, N = empty.tokens.shape[1], empty.places.shape[1]
-    C = empty.states.shape[1]
-    for r, items in enumerate(rows):
+    N, C = empty.places.shape[1], empty.states.shape[1]
+    for r, segments in enumerate(rows):
         column = state = 0
-        for segment, item in enumerate(items, start=1):
-            start, response, end = (int(x[item]) for x in spans)
-            here = slice(column, column + end - 1 - start)
-            said = slice(state, state + end - response)
-            empty.tokens[r, here] = item * width + np.arange(start, end - 1)
-            empty.segments[r, here] = segment
-            # The state before a token predicts it.
-            told = np.arange(response, end)
-            empty.states[r, said] = column + told - 1 - start
-            among = told - (width - N)
-            empty.targets[r, said] = item * N + among
-            empty.places[item, among] = r * C + np.arange(said.start, said.stop)
-            column, state = here.stop, said.stop
+        for segment, items in enumerate(segments, start=1):
+            start, response = spans.start[items[0]], spans.response[items[0]]
+            prompt = slice(column, column + response - start)
+            empty.tokens[r, prompt] = items[0] * width + np.arange(start, response)
+            column = prompt.stop
+            for branch, item in enumerate(items, start=1):
+                response, end = spans.response[item], spans.end[item]
+                here = slice(column, column + end - 1 - response)
+                empty.tokens[r, here] = item * width + np.arange(response, end - 1)
+                if empty.branches is not None:
+                    empty.branches[r, here] = branch
+                # The state before a token predicts it.
+                said = slice(state, state + end - response)
+                columns = range(here.start, here.stop)
+                empty.states[r, said] = [prompt.stop - 1, *columns]
+                among = np.arange(response, end) - (width - N)
+                empty.targets[r, said] = item * N + among
+                empty.places[item, among] = r * C + np.arange(said.start, said.stop)
+                column, state = here.stop, said.stop
+            empty.segments[r, prompt.start : column] = segment
     return empty
 
 
 def gather(layout: Layout, padded: jax.Array) -> jax.Array:
-    """The packed rows [R, W] of tokens [B, W]."""
+    """The packed rows [R, X] of tokens [B, W]."""
     return padded.reshape(-1)[layout.tokens]
 
 
 def states(layout: Layout, hidden: jax.Array) -> jax.Array:
-    """Of hidden states [R, W, D] those that predict response tokens: [R, C, D]."""
+    """Of hidden states [R, X, D] those that predict response tokens: [R, C, D]."""
     return jnp.take_along_axis(hidden, layout.states[:, :, None], axis=1)
 
 
 def predict(
     layout: Layout, tokens: jax.Array, apply: Callable[..., jax.Array]
 ) -> jax.Array:
-    """States [R, C, D] of tokens [B, W]; `apply(tokens, segments)` gives [R, W, D]."""
-    return states(layout, apply(gather(layout, tokens), layout.segments))
+    """States [R, C, D] of tokens [B, W]; `apply` is a model's, bound to weights."""
+    hidden = apply(gather(layout, tokens), layout.segments, branches=layout.branches)
+    return states(layout, hidden)
 
 
 def targets(layout: Layout, responses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The response tokens [R, C] of responses [B, N], and the mask of real ones."""
     real = layout.targets >= 0
     return responses.reshape(-1)[jnp.maximum(layout.targets, 0)], real
+
+
+def chunk_size(layout: Layout | None, rows: int, of_rows: int | None) -> int | None:
+    """Tokens of a packed row in a chunk of as many logits as `of_rows` of B `rows`."""
+    if layout is None or of_rows is None:
+        return of_rows
+    return max(1, of_rows * rows // len(layout.tokens))
 
 
 def spread(layout: Layout | None, values: jax.Array, mask: jax.Array) -> jax.Array:

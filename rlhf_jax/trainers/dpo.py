@@ -119,7 +119,7 @@ def response_logprobs(
     spread = lambda values: packing.spread(layout, values, spoken)
     options = {
         "temperature": 1.0,
-        "chunk_size": config.logprob_chunk or None,
+        "chunk_size": packing.chunk_size(layout, 2 * B, config.logprob_chunk or None),
         "logit_softcap": model.config.logit_softcap,
     }
     unembedding = model.unembedding(params)
@@ -148,17 +148,23 @@ def lay_out(pairs: Pairs, *, accumulation: int) -> Pairs:
     """Pairs [S, B, ...] with a layout for each micro-batch of each of S steps.
 
     Rows begin with their first token, and end with the response and then padding, as
-    `encode_pairs` makes them.
+    `encode_pairs` makes them. Both responses share their prompt, if it is cut the same.
     """
     S, T = len(pairs.tokens), pairs.tokens.shape[-1]
-    mask, response = (x.reshape(-1, T) for x in pairs[1:3])
+    tokens, mask, response = (x.reshape(-1, T) for x in pairs[:3])
     ends = mask.sum(axis=1)
+    begins = ends - response.sum(axis=1)
+    prompts = np.where(np.arange(T) < begins[:, None], tokens, -1)
+    same = (prompts[::2] == prompts[1::2]).all(axis=1)
+    numbers = np.arange(len(mask)).reshape(-1, 2)
+    numbers[:, 1] -= same
     layout = packing.plan(
-        packing.Spans(np.zeros_like(ends), ends - response.sum(axis=1), ends),
+        packing.Spans(np.zeros_like(ends), begins, ends),
         np.arange(len(mask)).reshape(S * accumulation, -1),
         width=T,
         responses=T - 1,
         shards=sharding.batch_shards(),
+        prompts=numbers.reshape(-1),
     )
     by_step = jax.tree.map(lambda x: x.reshape(S, -1, x.shape[-1]), layout)
     return pairs._replace(layout=by_step)

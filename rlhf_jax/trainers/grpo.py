@@ -297,7 +297,7 @@ def make_phase(
     assess = make_assess(config)
     update = make_update(model, config, optimizer)
     order_of = make_order(config, config.grpo, mesh)
-    lay_out = functools.partial(online.lay_out, config.grpo, mesh)
+    lay_out = functools.partial(online.lay_out, config, mesh)
     batch = rows_per_phase(config)
 
     def run_phase(state: State, phase: int):

@@ -71,7 +71,7 @@ def minibatch_order(
 
 def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable:
     """Builds `order(key, transcript) -> Minibatches` of one phase."""
-    rows = rows_per_phase(config)
+    rows, group = rows_per_phase(config), config.rollout.get("group", 1)
     epochs, minibatches = learning.epochs, learning.minibatches
 
     def order(key: jax.Array, transcript: Transcript) -> Minibatches:
@@ -80,7 +80,7 @@ def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable
             return Minibatches(drawn)
         steps, parts = epochs * minibatches, learning.accumulation
         batches = sharding.to_host(drawn).reshape(steps * parts, -1)
-        layout = packing.plan_transcript(transcript, batches)
+        layout = packing.plan_transcript(transcript, batches, group=group)
         layout = jax.tree.map(lambda x: x.reshape(steps, -1, x.shape[-1]), layout)
         across = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
         return Minibatches(drawn, sharding.to_devices(layout, across))
@@ -88,10 +88,11 @@ def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable
     return order
 
 
-def pack_whole(transcript: Transcript, mesh: Mesh) -> Transcript:
-    """The transcript with a layout that packs all of its rows."""
+def pack_whole(transcript: Transcript, mesh: Mesh, *, group: int) -> Transcript:
+    """The transcript with a layout that packs all of its rows, a prompt a group."""
     whole = np.arange(len(transcript.mask))[None, :]
-    layout = jax.tree.map(lambda x: x[0], packing.plan_transcript(transcript, whole))
+    layout = packing.plan_transcript(transcript, whole, group=group)
+    layout = jax.tree.map(lambda x: x[0], layout)
     return transcript._replace(layout=sharding.to_devices(layout, sharding.rows(mesh)))
 
 

@@ -197,9 +197,11 @@ def policy_metrics(measured: Measured, samples: Responses) -> dict[str, jax.Arra
     }
 
 
-def lay_out(learning: ConfigDict, mesh: Mesh, transcript: Transcript) -> Transcript:
-    """The transcript, packed if `learning.packing` asks for it."""
-    return pack_whole(transcript, mesh) if learning.packing else transcript
+def lay_out(config: ConfigDict, mesh: Mesh, transcript: Transcript) -> Transcript:
+    """The transcript, packed if the algorithm's `packing` asks for it."""
+    if not config[config.algorithm].packing:
+        return transcript
+    return pack_whole(transcript, mesh, group=config.rollout.get("group", 1))
 
 
 class Seconds(NamedTuple):

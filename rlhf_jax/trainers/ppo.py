@@ -328,7 +328,7 @@ def make_phase(
     assess = make_assess(config)
     update = make_update(models, config, optimizer)
     order_of = make_order(config, config.ppo, mesh)
-    lay_out = functools.partial(online.lay_out, config.ppo, mesh)
+    lay_out = functools.partial(online.lay_out, config, mesh)
 
     def run_phase(state, phase):
         jax.block_until_ready(state)  # the last update is not this rollout's time

@@ -103,6 +103,24 @@ def test_packed_segments_equal_separate_rows():
     np.testing.assert_allclose(got[0, : sum(lengths)], want, atol=1e-5)
 
 
+def test_branches_equal_separate_rows(family):
+    """A stem of 4 tokens goes on in three ways, of 3, 1 and 5 tokens."""
+    model, params = family.model, family.pretrained.params
+    draw = lambda n, seed: random_tokens((1, n), seed=seed)
+    stem, ways = draw(4, 9), [draw(n, n) for n in (3, 1, 5)]
+    packed = np.concatenate([draw(2, 8), stem, *ways, draw(1, 7)], axis=1)
+    segments = np.repeat([1, 2, 0], [2, 13, 1])[None]
+    branches = np.repeat([0, 0, 1, 2, 3, 0], [2, 4, 3, 1, 5, 1])[None]
+    got = model.apply(params, packed, segments, branches=branches)
+    at = 2 + stem.shape[1]
+    for way in ways:
+        text = np.concatenate([stem, way], axis=1)
+        want = model.apply(params, text, np.ones(text.shape, bool))
+        alone = np.concatenate([got[:, 2:6], got[:, at : at + way.shape[1]]], axis=1)
+        np.testing.assert_allclose(alone, want, atol=2e-5)
+        at += way.shape[1]
+
+
 def test_given_positions_are_used():
     model, params = model_and_params()
     tokens, mask = random_tokens((2, 6)), np.ones((2, 6), bool)

@@ -21,9 +21,18 @@ def transcript(llama):
     return Transcript(*map(jnp.asarray, arrays))
 
 
-def laid_out(transcript, batches=None):
-    batches = np.arange(8)[None, :] if batches is None else batches
-    layout = packing.plan_transcript(transcript, batches)
+@pytest.fixture(scope="module")
+def grouped(transcript):
+    """Two prompts, four responses to each."""
+    prompts = lambda x: jnp.repeat(x[:2], 4, axis=0)
+    return transcript._replace(
+        prompts=prompts(transcript.prompts), prompt_mask=prompts(transcript.prompt_mask)
+    )
+
+
+def laid_out(transcript, group=1):
+    whole = np.arange(8)[None, :]
+    layout = packing.plan_transcript(transcript, whole, group=group)
     return jax.tree.map(lambda x: jnp.asarray(x[0]), layout)
 
 
@@ -74,7 +83,7 @@ def test_shapes_are_few():
         )
         shapes.add((layout.tokens.shape[1], layout.states.shape[2]))
         assert layout.tokens.shape[1] % 2 == 0
-    assert len(shapes) <= 12 and len(shapes) > 1
+    assert len(shapes) <= 14 and len(shapes) > 1
 
 
 def test_right_padded_rows_by_hand():
@@ -104,6 +113,48 @@ def test_what_cannot_be_laid_out(spans):
         )
 
 
+def by_hand():
+    """Prompts of 2 tokens: to one, responses of 2 and 1 tokens; to another, of 3."""
+    return packing.plan(
+        packing.Spans(*map(np.array, ([0, 0, 0], [2, 2, 2], [4, 5, 3]))),
+        np.array([[0, 1, 2]]),
+        width=5,
+        responses=3,
+        shards=1,
+        prompts=np.array([7, 4, 7]),
+    )
+
+
+def test_a_shared_prompt_by_hand():
+    layout = jax.tree.map(lambda x: x[0, 0].tolist(), by_hand())
+    # Of row 0 its prompt and first token; of row 2, whose only token ends it, none.
+    assert layout.tokens == [5, 6, 7, 8, 0, 1, 2, 0]
+    assert layout.segments == [1, 1, 1, 1, 2, 2, 2, 0]
+    assert layout.branches == [0, 0, 1, 1, 0, 0, 1, 0]
+    # The prompt's last token predicts the first of both.
+    assert layout.states == [1, 2, 3, 5, 6, 5]
+    assert layout.targets == [3, 4, 5, 0, 1, 6]
+
+
+def test_rows_as_wide_as_it_is_worth():
+    """Prompts of 14, 4 responses of 6 to each: 38 tokens once, not 20 four times."""
+    spans = packing.Spans(*(np.full(8, x) for x in (0, 14, 20)))
+    alike = {"prompts": np.arange(8) // 4}
+    whole = np.arange(8)[None, :]
+    static = {"width": 20, "responses": 6, "shards": 1}
+    shape = lambda *of, **how: packing.plan(*of, **static, **how).tokens.shape[1:]
+    assert shape(spans, whole) == (8, 20)
+    assert shape(spans, whole, **alike) == (2, 38)
+    short = spans._replace(end=np.full(8, 15))
+    assert shape(short, whole, **alike) == (2, 20)
+
+
+def test_no_shared_prompts_on_tpus(monkeypatch):
+    """Whose kernel knows segments alone."""
+    monkeypatch.setattr(packing.backend, "on_tpu", lambda: True)
+    assert by_hand().branches is None
+
+
 def gradient(llama, transcript):
     def total(params):
         scored = score_responses(llama.model, params, transcript, **STATIC)
@@ -113,9 +164,13 @@ def gradient(llama, transcript):
     return jax.jit(jax.grad(total, has_aux=True))(llama.params)
 
 
-def test_scores_and_gradients_are_the_same(llama, transcript):
+@pytest.mark.parametrize("group", [1, 4])
+def test_scores_and_gradients_are_the_same(llama, transcript, grouped, group):
+    transcript = grouped if group > 1 else transcript
     want_grad, want = gradient(llama, transcript)
-    got_grad, got = gradient(llama, transcript._replace(layout=laid_out(transcript)))
+    layout = laid_out(transcript, group)
+    assert (layout.branches is None) == (group == 1)
+    got_grad, got = gradient(llama, transcript._replace(layout=layout))
     assert got.hidden.shape[0] < want.hidden.shape[0]
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
     np.testing.assert_allclose(got.entropy, want.entropy, atol=1e-5)
@@ -125,13 +180,13 @@ def test_scores_and_gradients_are_the_same(llama, transcript):
     )
 
 
-def test_eight_devices_are_the_same(llama, transcript):
+@pytest.mark.parametrize("group", [1, 4])
+def test_eight_devices_are_the_same(llama, transcript, grouped, group):
+    transcript = grouped if group > 1 else transcript
     want = score_responses(llama.model, llama.params, transcript, **STATIC)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        layout = jax.tree.map(
-            lambda x: x[0], packing.plan_transcript(transcript, np.arange(8)[None, :])
-        )
+        layout = laid_out(transcript, group)
         rows = sharding.rows(mesh)
         on_mesh = sharding.to_devices(transcript._replace(layout=layout), rows)
         params = jax.tree.map(

@@ -87,7 +87,7 @@ def take_steps(config, mesh, steps=2):
             batches = dpo.lay_out(
                 jax.device_get(batches), accumulation=config.learning.accumulation
             )
-            assert batches.layout.segments.max() > 1
+            assert batches.layout.branches.max() == 2
         metrics = []
         for step in range(steps):
             state, found = update(state, batches, jax.random.key(step))

@@ -80,10 +80,12 @@ def test_kill_and_the_same_command_again(world, straight, alone, tmp_path):
     assert_same_run(workdir, straight)
 
 
-def test_eight_devices_and_one_agree(world, run, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_eight_devices_and_one_agree(world, run, tmp_path, packing):
     """After 12 steps, at a calm learning rate: larger ones make rounding grow."""
     calm = {"optimizer__lr": 3e-4, "total_phases": 3}
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    split["grpo__packing"] = packing
     run(world.grpo_config(tmp_path / "one", **calm))
     run(world.grpo_config(tmp_path / "eight", **calm, **split), devices=8)
     assert len(metrics_of(tmp_path / "one")) == 4

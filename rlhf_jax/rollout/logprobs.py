@@ -1,7 +1,7 @@
 """What a model says of given responses: their log-probabilities, for any trainer.
 
-Dimension key: B rows, P prompt tokens, N response tokens, D model width; R rows of C
-states where the transcripts are packed, else B of N.
+Dimension key: B rows, P prompt tokens, N response tokens, D model width; Z shards of C
+states where the transcripts are packed, else B rows of N.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Scored(NamedTuple):
     Attributes:
       logprobs: [B, N] float32, at the sampler's temperature; 0 under the mask.
       entropy: [B, N] float32, in nats; 0 under the mask.
-      hidden: [R, C, D], the states from which response tokens were predicted.
+      hidden: [Z, C, D], the states from which response tokens were predicted.
     """
 
     logprobs: jax.Array
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
 
 
 def response_hidden(model: Model, params: Any, transcript: Transcript) -> jax.Array:
-    """Hidden states [R, C, D] from which each response token is predicted."""
+    """Hidden states [Z, C, D] from which each response token is predicted."""
     prompts, prompt_mask, responses, mask, layout = transcript
     tokens = jnp.concatenate([prompts, responses], axis=1)
     if layout is not None:

@@ -6,11 +6,12 @@ segment of its own that attention does not leave. Responses to one prompt share 
 stands once, they follow one after the other, and none sees another. Log-probabilities
 come back as [B, N], so that a loss is the same with and without.
 
-Rows are rounded up to an eighth of what they would be without packing, and states to a
-quarter of a row: a run meets about ten shapes, and each is compiled once.
+Rows are rounded up to an eighth, and states to a quarter, of what they would be without
+packing: a run meets about ten shapes, and each is compiled once.
 
 Dimension key: B transcripts of W tokens, N of them responses or what may be one, at the
-end; R packed rows of X tokens, C states of a row that predict a response token.
+end; R packed rows of X tokens, cut over Z shards of the mesh; C states of a shard that
+predict a response token.
 
 References:
     Wang and Hegde 2024 (one prompt for both responses of DPO),
@@ -28,10 +29,10 @@ import numpy as np
 
 from rlhf_jax import backend, sharding
 
-# A row has room for so many of the longest responses to one prompt. More than one where
-# that saves a seventh of all tokens: attention takes longer in wider rows.
-ROOM_FOR = (1, 2, 4, 8)
-WORTH_IT = 6 / 7
+# Rows may be up to twice as wide as a transcript, for several of the longest responses
+# to follow their prompt. That has to save a seventh of all tokens, as attention takes
+# longer in wider rows.
+WORTH_WIDENING = 6 / 7
 
 
 class Layout(NamedTuple):
@@ -43,9 +44,9 @@ class Layout(NamedTuple):
         padding.
       branches: [R, X], number of a response in its segment, from 1; 0 is the prompt.
         None where each segment has one response.
-      states: [R, C], the column of the state that predicts a response token.
-      targets: [R, C], which of the batch's B·N response tokens that is; -1 for none.
-      places: [B, N], where each response token is among the R·C; any if there is none.
+      states: [Z, C], which of a shard's tokens predicts a response token.
+      targets: [Z, C], which of the batch's B·N response tokens that is; -1 for none.
+      places: [B, N], where each response token is among the Z·C; any if there is none.
     """
 
     tokens: jax.Array
@@ -90,7 +91,6 @@ class Rows(NamedTuple):
     packed: list[list[list[np.ndarray]]]  # batch, row, segment: [responses] int
     count: int  # R
     width: int  # X
-    said: int  # response tokens if all are as long as can be
 
 
 def plan(
@@ -109,7 +109,7 @@ def plan(
       batches: [K, B] int, the rows of each batch.
       width: W.
       responses: N, the last columns of W, in which all responses lie.
-      shards: R is a multiple of it, as the batch is cut over the mesh.
+      shards: Z, over how many devices the batch is cut.
       prompts: [rows] int, equal for rows whose prompts are, to the token: where such
         meet in a batch they share it. None: no two are.
 
@@ -132,16 +132,21 @@ def plan(
     alike = [_alike(prompts[batch]) for batch in batches]
     rows = _choose_rows(cut, alike, width, responses, shards)
     spoken = [
-        sum(int((batch.end - batch.response)[items].sum()) for items in segments)
+        int(sum((batch.end - batch.response)[x].sum() for x in itertools.chain(*mine)))
         for batch, filled in zip(cut, rows.packed)
-        for segments in filled
+        for mine in _dealt(filled, shards)
     ]
-    states = _round_up(max(spoken), rows.width, parts=4)
-    empty = _empty(
-        rows,
-        states=_at_most(rows.said, max(spoken), states),
-        responses=(batches.shape[1], responses),
-        branching=any(len(items) > 1 for items in itertools.chain(*alike)),
+    B = batches.shape[1]
+    states = _round_up(max(spoken), -(-B * responses // shards), parts=4)
+    zeros = lambda *shape: np.zeros(shape, np.int32)
+    shared = any(len(items) > 1 for items in itertools.chain(*alike))
+    empty = Layout(
+        tokens=zeros(rows.count, rows.width),
+        segments=zeros(rows.count, rows.width),
+        branches=zeros(rows.count, rows.width) if shared else None,
+        states=zeros(shards, states),
+        targets=zeros(shards, states) - 1,
+        places=zeros(B, responses),
     )
     layouts = [
         _fill(filled, batch, width, jax.tree.map(np.copy, empty))
@@ -189,18 +194,15 @@ def _choose_rows(
     longest = min(_round_up(longest, width, parts=4), responses)
     most_alike = max(len(items) for items in itertools.chain(*alike))
     best = None
-    for room_for in ROOM_FOR:
-        if room_for > most_alike:
-            break
-        more = (room_for - 1) * longest
-        wide = width + more
-        wide += wide % 2 if more else 0  # cuDNN takes no odd lengths
+    for room_for in sorted({1, min(most_alike, 1 + width // longest)}):
+        wide = width + (room_for - 1) * longest
+        wide += wide % 2 if room_for > 1 else 0  # cuDNN takes no odd lengths
         packed = [_segments(*batch, wide) for batch in zip(batches, alike)]
         needed = max(len(rows) for rows in packed)
         without = -(-B * width // wide)
         count = _round_up(needed, without, parts=8, multiple=shards)
-        if best is None or count * wide <= WORTH_IT * best.count * best.width:
-            best = Rows(packed, count, wide, responses + more)
+        if best is None or count * wide <= WORTH_WIDENING * best.count * best.width:
+            best = Rows(packed, count, wide)
     return best
 
 
@@ -221,56 +223,49 @@ def _segments(spans: Spans, alike: list[np.ndarray], width: int) -> list[list]:
 def _round_up(needed: int, most: int, *, parts: int, multiple: int = 1) -> int:
     """`needed`, up to a part of `most`, or to it, and to a multiple."""
     part = -(-most // parts)
-    rounded = _at_most(most, needed, -(-needed // part) * part)
+    rounded = -(-needed // part) * part
+    if needed <= most:
+        rounded = min(rounded, most)
     return -(-rounded // multiple) * multiple
 
 
-def _at_most(bound: int, needed: int, rounded: int) -> int:
-    """`rounded`, or the bound if it is lower and enough."""
-    return bound if needed <= bound < rounded else rounded
-
-
-def _empty(
-    rows: Rows, *, states: int, responses: tuple[int, int], branching: bool
-) -> Layout:
-    zeros = lambda *shape: np.zeros(shape, np.int32)
-    return Layout(
-        tokens=zeros(rows.count, rows.width),
-        segments=zeros(rows.count, rows.width),
-        branches=zeros(rows.count, rows.width) if branching else None,
-        states=zeros(rows.count, states),
-        targets=zeros(rows.count, states) - 1,
-        places=zeros(*responses),
-    )
+def _dealt(rows: list, shards: int) -> list[list]:
+    """The rows of each shard; the fullest come first, so each gets some of those."""
+    return [rows[shard::shards] for shard in range(shards)]
 
 
 def _fill(
     rows: list[list[np.ndarray]], spans: Spans, width: int, empty: Layout
 ) -> Layout:
     """One batch's layout."""
-    N, C = empty.places.shape[1], empty.states.shape[1]
-    for r, segments in enumerate(rows):
-        column = state = 0
-        for segment, items in enumerate(segments, start=1):
-            start, response = spans.start[items[0]], spans.response[items[0]]
-            prompt = slice(column, column + response - start)
-            empty.tokens[r, prompt] = items[0] * width + np.arange(start, response)
-            column = prompt.stop
-            for branch, item in enumerate(items, start=1):
-                response, end = spans.response[item], spans.end[item]
-                here = slice(column, column + end - 1 - response)
-                empty.tokens[r, here] = item * width + np.arange(response, end - 1)
-                if empty.branches is not None:
-                    empty.branches[r, here] = branch
-                # The state before a token predicts it.
-                said = slice(state, state + end - response)
-                columns = range(here.start, here.stop)
-                empty.states[r, said] = [prompt.stop - 1, *columns]
-                among = np.arange(response, end) - (width - N)
-                empty.targets[r, said] = item * N + among
-                empty.places[item, among] = r * C + np.arange(said.start, said.stop)
-                column, state = here.stop, said.stop
-            empty.segments[r, prompt.start : column] = segment
+    R, X = empty.tokens.shape
+    Z, C = empty.states.shape
+    N = empty.places.shape[1]
+    for shard, mine in enumerate(_dealt(rows, Z)):
+        state = 0
+        for number, segments in enumerate(mine):
+            r, column = shard * (R // Z) + number, 0
+            for segment, items in enumerate(segments, start=1):
+                start, response = spans.start[items[0]], spans.response[items[0]]
+                prompt = slice(column, column + response - start)
+                empty.tokens[r, prompt] = items[0] * width + np.arange(start, response)
+                column = prompt.stop
+                for branch, item in enumerate(items, start=1):
+                    response, end = spans.response[item], spans.end[item]
+                    here = slice(column, column + end - 1 - response)
+                    empty.tokens[r, here] = item * width + np.arange(response, end - 1)
+                    if empty.branches is not None:
+                        empty.branches[r, here] = branch
+                    # The state before a token predicts it.
+                    said = slice(state, state + end - response)
+                    columns = [prompt.stop - 1, *range(here.start, here.stop)]
+                    empty.states[shard, said] = number * X + np.array(columns)
+                    among = np.arange(response, end) - (width - N)
+                    empty.targets[shard, said] = item * N + among
+                    places = shard * C + np.arange(said.start, said.stop)
+                    empty.places[item, among] = places
+                    column, state = here.stop, said.stop
+                empty.segments[r, prompt.start : column] = segment
     return empty
 
 
@@ -280,33 +275,34 @@ def gather(layout: Layout, padded: jax.Array) -> jax.Array:
 
 
 def states(layout: Layout, hidden: jax.Array) -> jax.Array:
-    """Of hidden states [R, X, D] those that predict response tokens: [R, C, D]."""
-    return jnp.take_along_axis(hidden, layout.states[:, :, None], axis=1)
+    """Of hidden states [R, X, D] those that predict response tokens: [Z, C, D]."""
+    of_shards = hidden.reshape(len(layout.states), -1, hidden.shape[-1])
+    return jnp.take_along_axis(of_shards, layout.states[:, :, None], axis=1)
 
 
 def predict(
     layout: Layout, tokens: jax.Array, apply: Callable[..., jax.Array]
 ) -> jax.Array:
-    """States [R, C, D] of tokens [B, W]; `apply` is a model's, bound to weights."""
+    """States [Z, C, D] of tokens [B, W]; `apply` is a model's, bound to weights."""
     hidden = apply(gather(layout, tokens), layout.segments, branches=layout.branches)
     return states(layout, hidden)
 
 
 def targets(layout: Layout, responses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The response tokens [R, C] of responses [B, N], and the mask of real ones."""
+    """The response tokens [Z, C] of responses [B, N], and the mask of real ones."""
     real = layout.targets >= 0
     return responses.reshape(-1)[jnp.maximum(layout.targets, 0)], real
 
 
 def chunk_size(layout: Layout | None, rows: int, of_rows: int | None) -> int | None:
-    """Tokens of a packed row in a chunk of as many logits as `of_rows` of B `rows`."""
+    """States of a shard in a chunk of as many logits as `of_rows` of B `rows`."""
     if layout is None or of_rows is None:
         return of_rows
-    return max(1, of_rows * rows // len(layout.tokens))
+    return max(1, of_rows * rows // len(layout.states))
 
 
 def spread(layout: Layout | None, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """[R, C] values as [B, N], zero under the mask; as they are without a layout."""
+    """[Z, C] values as [B, N], zero under the mask; as they are without a layout."""
     if layout is None:
         return values
     return jnp.where(mask, values.reshape(-1)[layout.places], 0.0)

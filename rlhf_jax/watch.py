@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
 
 from rlhf_jax import hosts, monitor, run_files
 from rlhf_jax.monitor import Alert, Row
@@ -108,6 +107,8 @@ class Watch:
             best, now = _paired(self._best[name][2], heldout, name)
             drop = best.mean() - now.mean()
             if drop > LEAST_DROP * best.std():
+                from scipy import stats  # takes a while, and is seldom needed
+
                 test = stats.ttest_rel(best, now, alternative="greater")
                 p_values.append(min(1.0, looks * float(test.pvalue)))
         self._remember(heldout)

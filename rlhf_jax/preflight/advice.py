@@ -158,5 +158,6 @@ def rows(config: ConfigDict, mesh: Any) -> list[tuple[str, str]]:
     told = [("memory", f"{mb(found.total)} a device{room}, most in the {found.stage}")]
     for kinds in (found.resident, found.stages[found.stage]):
         told += [(f"  {kind}", mb(size)) for kind, size in kinds.items() if size]
-    sentence = None if available is None else advise(config, mesh, available)
-    return told if sentence is None else [*told, ("  too much", sentence)]
+    if available is not None and found.total > available:
+        told.append(("  too much", advise(config, mesh, available)))
+    return told

@@ -112,7 +112,7 @@ def live_bytes() -> int:
     """Of all arrays on all devices."""
     import jax
 
-    # Not by `addressable_shards`, which makes more arrays that live.
+    # `addressable_shards` would make arrays that are counted too.
     of_shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(
         of_shard(x) * len(x.sharding.addressable_devices) for x in jax.live_arrays()

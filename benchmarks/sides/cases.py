@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 PROMPT, NEW = 32, 64  # tokens
-LONG_PROMPT, SHORT_NEW = 256, 32  # as where long texts are summed up
+LONG_PROMPT, SHORT_NEW = 256, 32  # as in summaries
 ROWS, GROUP = 16, 8  # sequences of a batch, responses to one prompt
 TRAIN_ROWS, TRAIN_TOKENS = 8, 128
 REQUESTS, LONGEST = 64, 128  # of the case with lengths of all kinds

@@ -200,6 +200,8 @@ def run_layers(
         (keys, values), each [L, B, K, T, h], or with `keep_states` the residual stream
         after each layer [L, B, T, D].
     """
+    if segments is None and branches is not None:
+        raise ValueError("branches are of segments: give these too")
     allowed = None if segments is None else _allowed(segments, branches)
     if positions is None and allowed is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -213,8 +215,8 @@ def run_layers(
             whole = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
             x = x + embedding_noise(config, whole, x, embed_key)
     x = sharding.constrain(x, sharding.BATCH, None, None)
-    told = segments if branches is None else None  # they do not tell of branches
-    contexts = _contexts(config, positions, allowed, told)
+    alone = segments if branches is None else None  # else branches would be seen
+    contexts = _contexts(config, positions, allowed, alone)
 
     def run_layer(x, per_layer):
         weights, index, slides = per_layer

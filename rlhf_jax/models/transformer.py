@@ -176,9 +176,9 @@ def apply(
             is one text from its first token on, and what follows it does not matter.
         positions: [B, T] int, or None to count the real tokens of each segment, which
             makes left- and right-padded rows agree.
-        branches: [B, T] int32, several ways in which a segment goes on: what is 0 is
-            seen by all that follows, what has a positive number by that number alone,
-            and is counted as if it followed the zeros. None: a segment is one text.
+        branches: [B, T] int32: 0 is the beginning of a segment, seen by all of it;
+            n > 0 is its n-th continuation, seen by itself alone, and in position right
+            after the beginning. With a mask only. None: a segment is one text.
         dropout_key: a typed PRNG key switches `config.dropout` and `neftune_alpha` on.
 
     Returns:

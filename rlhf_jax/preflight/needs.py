@@ -297,8 +297,8 @@ def _gathered(
 ) -> tuple[int, int]:
     """What `fsdp` brings together for the logits, and for one layer's backward pass.
 
-    The table, or a layer's weights and those of the next; and before it is scattered
-    the gradient, in float32.
+    For the logits the table and its gradient, for a layer its weights, the next one's
+    and its gradient; weights in compute dtype, gradients in float32.
     """
     if mesh.shape["fsdp"] == 1:
         return 0, 0

@@ -87,7 +87,7 @@ def score_responses(
         model.unembedding(params),
         *said,
         temperature=temperature,
-        chunk_size=packing.chunk_size(layout, len(mask), chunk_size),
+        chunk_size=packing.chunk_size(layout, chunk_size, len(mask)),
         logit_softcap=model.config.logit_softcap,
         batch_shards=sharding.batch_shards(),
         gather=sharding.gather_vocabulary,

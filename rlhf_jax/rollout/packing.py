@@ -30,8 +30,8 @@ import numpy as np
 from rlhf_jax import backend, sharding
 
 # Rows may be up to twice as wide as a transcript, for several of the longest responses
-# to follow their prompt. That has to save a seventh of all tokens, as attention takes
-# longer in wider rows.
+# to follow their prompt. That has to save a seventh of all places, padding included, as
+# attention takes longer in wider rows.
 WORTH_WIDENING = 6 / 7
 
 
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
       segments: [R, X], number of a prompt and its responses in the row, from 1; 0 is
         padding.
       branches: [R, X], number of a response in its segment, from 1; 0 is the prompt.
-        None where each segment has one response.
+        None if no segment has more than one.
       states: [Z, C], which of a shard's tokens predicts a response token.
       targets: [Z, C], which of the batch's B·N response tokens that is; -1 for none.
       places: [B, N], where each response token is among the Z·C; any if there is none.
@@ -72,6 +72,21 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             row = len(rows)
             rows.append([])
             room[row] = capacity
+        rows[row].append(int(item))
+        room[row] -= lengths[item]
+    return rows
+
+
+def pack_evenly(
+    lengths: np.ndarray, capacity: int, count: int
+) -> list[list[int]] | None:
+    """As `pack`, but into that many rows, and into the one with most room; or None."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    room = np.full(count, capacity)
+    for item in np.argsort(-lengths, kind="stable"):
+        row = int(np.argmax(room))
+        if room[row] < lengths[item]:
+            return None
         rows[row].append(int(item))
         room[row] -= lengths[item]
     return rows
@@ -139,7 +154,8 @@ def plan(
     B = batches.shape[1]
     states = _round_up(max(spoken), -(-B * responses // shards), parts=4)
     zeros = lambda *shape: np.zeros(shape, np.int32)
-    shared = any(len(items) > 1 for items in itertools.chain(*alike))
+    segments = itertools.chain.from_iterable(itertools.chain(*rows.packed))
+    shared = any(len(items) > 1 for items in segments)
     empty = Layout(
         tokens=zeros(rows.count, rows.width),
         segments=zeros(rows.count, rows.width),
@@ -178,7 +194,8 @@ def plan_transcript(transcript: Any, batches: np.ndarray, *, group: int = 1) -> 
 
 def _alike(prompts: np.ndarray) -> list[np.ndarray]:
     """The places of each number in [B] numbers."""
-    return [np.flatnonzero(prompts == one) for one in np.unique(prompts)]
+    order = np.argsort(prompts, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)
 
 
 def _choose_rows(
@@ -188,36 +205,57 @@ def _choose_rows(
     responses: int,
     shards: int,
 ) -> Rows:
-    """Rows as wide as one transcript, or wider if that is worth it."""
+    """What takes the fewest places: prompts apart, shared, or shared in wider rows."""
     B = len(batches[0].start)
     longest = max(int((batch.end - batch.response).max()) for batch in batches)
     longest = min(_round_up(longest, width, parts=4), responses)
-    most_alike = max(len(items) for items in itertools.chain(*alike))
+    # No more, or a shard would have the responses of others.
+    together = min(max(map(len, itertools.chain(*alike))), max(1, B // shards))
+    room_for = min(together, 1 + width // longest)
+    wider = width + (room_for - 1) * longest
+    apart = [np.arange(B)[:, None]] * len(batches)
+    choices = [(1, width, apart)]
+    if together > 1:
+        choices.append((1, width, alike))
+    if room_for > 1:
+        # cuDNN's backward pass wants even lengths with a mask.
+        choices.append((WORTH_WIDENING, wider + wider % 2, alike))
     best = None
-    for room_for in sorted({1, min(most_alike, 1 + width // longest)}):
-        wide = width + (room_for - 1) * longest
-        wide += wide % 2 if room_for > 1 else 0  # cuDNN takes no odd lengths
-        packed = [_segments(*batch, wide) for batch in zip(batches, alike)]
-        needed = max(len(rows) for rows in packed)
+    for worth, wide, numbers in choices:
+        segments = [
+            _segments(*batch, wide, together) for batch in zip(batches, numbers)
+        ]
+        needed = max(len(pack(sizes, wide)) for _, sizes in segments)
         without = -(-B * width // wide)
         count = _round_up(needed, without, parts=8, multiple=shards)
-        if best is None or count * wide <= WORTH_WIDENING * best.count * best.width:
-            best = Rows(packed, count, wide)
+        if best is None or count * wide < worth * best.count * best.width:
+            best = Rows([_rows(*x, wide, count) for x in segments], count, wide)
     return best
 
 
-def _segments(spans: Spans, alike: list[np.ndarray], width: int) -> list[list]:
-    """Rows of segments, each the numbers of responses that share a prompt."""
+def _segments(
+    spans: Spans, alike: Sequence[np.ndarray], width: int, together: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The responses that share a prompt in one row, `together` at most, and tokens."""
     before = spans.response - spans.start
     # The last token predicts nothing that is asked for.
     after = spans.end - 1 - spans.response
     segments = [
-        items[together]
-        for items in alike
-        for together in pack(after[items], width - before[items[0]])
+        items[chosen]
+        for few in alike
+        for items in np.split(few, range(together, len(few), together))
+        for chosen in pack(after[items], width - before[items[0]])
     ]
-    sizes = np.array([before[items[0]] + after[items].sum() for items in segments])
-    return [[segments[i] for i in row] for row in pack(sizes, width)]
+    sizes = [before[items[0]] + after[items].sum() for items in segments]
+    return segments, np.array(sizes)
+
+
+def _rows(
+    segments: list[np.ndarray], sizes: np.ndarray, width: int, count: int
+) -> list[list[np.ndarray]]:
+    """Segments laid into at most `count` rows, of about the same length if they fit."""
+    packed = pack_evenly(sizes, width, count) or pack(sizes, width)
+    return [[segments[i] for i in row] for row in packed]
 
 
 def _round_up(needed: int, most: int, *, parts: int, multiple: int = 1) -> int:
@@ -230,43 +268,67 @@ def _round_up(needed: int, most: int, *, parts: int, multiple: int = 1) -> int:
 
 
 def _dealt(rows: list, shards: int) -> list[list]:
-    """The rows of each shard; the fullest come first, so each gets some of those."""
+    """The rows of each shard."""
     return [rows[shard::shards] for shard in range(shards)]
 
 
 def _fill(
-    rows: list[list[np.ndarray]], spans: Spans, width: int, empty: Layout
+    rows: list[list[np.ndarray]], spans: Spans, width: int, layout: Layout
 ) -> Layout:
-    """One batch's layout."""
-    R, X = empty.tokens.shape
-    Z, C = empty.states.shape
-    N = empty.places.shape[1]
-    for shard, mine in enumerate(_dealt(rows, Z)):
+    """Writes one batch into an empty layout."""
+    per_shard = len(layout.tokens) // len(layout.states)
+    for shard, mine in enumerate(_dealt(rows, len(layout.states))):
         state = 0
-        for number, segments in enumerate(mine):
-            r, column = shard * (R // Z) + number, 0
-            for segment, items in enumerate(segments, start=1):
-                start, response = spans.start[items[0]], spans.response[items[0]]
-                prompt = slice(column, column + response - start)
-                empty.tokens[r, prompt] = items[0] * width + np.arange(start, response)
-                column = prompt.stop
-                for branch, item in enumerate(items, start=1):
-                    response, end = spans.response[item], spans.end[item]
-                    here = slice(column, column + end - 1 - response)
-                    empty.tokens[r, here] = item * width + np.arange(response, end - 1)
-                    if empty.branches is not None:
-                        empty.branches[r, here] = branch
-                    # The state before a token predicts it.
-                    said = slice(state, state + end - response)
-                    columns = [prompt.stop - 1, *range(here.start, here.stop)]
-                    empty.states[shard, said] = number * X + np.array(columns)
-                    among = np.arange(response, end) - (width - N)
-                    empty.targets[shard, said] = item * N + among
-                    places = shard * C + np.arange(said.start, said.stop)
-                    empty.places[item, among] = places
-                    column, state = here.stop, said.stop
-                empty.segments[r, prompt.start : column] = segment
-    return empty
+        for row, segments in enumerate(mine):
+            column = 0
+            for number, items in enumerate(segments, start=1):
+                place = _Place(shard, row, shard * per_shard + row, column, state)
+                column, state = _fill_segment(
+                    number, items, spans, width, layout, place
+                )
+    return layout
+
+
+class _Place(NamedTuple):
+    """Where in a layout a segment begins."""
+
+    shard: int
+    row: int  # of the shard
+    r: int  # of all
+    column: int
+    state: int
+
+
+def _fill_segment(
+    number: int,
+    items: np.ndarray,
+    spans: Spans,
+    width: int,
+    layout: Layout,
+    place: _Place,
+) -> tuple[int, int]:
+    """Writes a prompt and its responses; the column and the state after them."""
+    shard, row, r, column, state = place
+    X, C, N = layout.tokens.shape[1], layout.states.shape[1], layout.places.shape[1]
+    start, response = spans.start[items[0]], spans.response[items[0]]
+    prompt = slice(column, column + response - start)
+    layout.tokens[r, prompt] = items[0] * width + np.arange(start, response)
+    column = prompt.stop
+    for branch, item in enumerate(items, start=1):
+        response, end = spans.response[item], spans.end[item]
+        here = slice(column, column + end - 1 - response)
+        layout.tokens[r, here] = item * width + np.arange(response, end - 1)
+        if layout.branches is not None:
+            layout.branches[r, here] = branch
+        said = slice(state, state + end - response)
+        # The state before a token predicts it.
+        layout.states[shard, said] = row * X + np.r_[prompt.stop - 1, here]
+        among = np.arange(response, end) - (width - N)
+        layout.targets[shard, said] = item * N + among
+        layout.places[item, among] = shard * C + np.r_[said]
+        column, state = here.stop, said.stop
+    layout.segments[r, prompt.start : column] = number
+    return column, state
 
 
 def gather(layout: Layout, padded: jax.Array) -> jax.Array:
@@ -294,11 +356,11 @@ def targets(layout: Layout, responses: jax.Array) -> tuple[jax.Array, jax.Array]
     return responses.reshape(-1)[jnp.maximum(layout.targets, 0)], real
 
 
-def chunk_size(layout: Layout | None, rows: int, of_rows: int | None) -> int | None:
-    """States of a shard in a chunk of as many logits as `of_rows` of B `rows`."""
-    if layout is None or of_rows is None:
-        return of_rows
-    return max(1, of_rows * rows // len(layout.states))
+def chunk_size(layout: Layout | None, size: int | None, rows: int) -> int | None:
+    """States of a shard in a chunk, to be as many as `size` of each of B `rows`."""
+    if layout is None or size is None:
+        return size
+    return max(1, size * rows // len(layout.states))
 
 
 def spread(layout: Layout | None, values: jax.Array, mask: jax.Array) -> jax.Array:

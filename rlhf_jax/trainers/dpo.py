@@ -119,7 +119,7 @@ def response_logprobs(
     spread = lambda values: packing.spread(layout, values, spoken)
     options = {
         "temperature": 1.0,
-        "chunk_size": packing.chunk_size(layout, 2 * B, config.logprob_chunk or None),
+        "chunk_size": packing.chunk_size(layout, config.logprob_chunk or None, 2 * B),
         "logit_softcap": model.config.logit_softcap,
     }
     unembedding = model.unembedding(params)
@@ -148,7 +148,8 @@ def lay_out(pairs: Pairs, *, accumulation: int) -> Pairs:
     """Pairs [S, B, ...] with a layout for each micro-batch of each of S steps.
 
     Rows begin with their first token, and end with the response and then padding, as
-    `encode_pairs` makes them. Both responses share their prompt, if it is cut the same.
+    `encode_pairs` makes them. Both responses share their prompt where its tokens are
+    the same.
     """
     S, T = len(pairs.tokens), pairs.tokens.shape[-1]
     tokens, mask, response = (x.reshape(-1, T) for x in pairs[:3])
@@ -157,7 +158,7 @@ def lay_out(pairs: Pairs, *, accumulation: int) -> Pairs:
     prompts = np.where(np.arange(T) < begins[:, None], tokens, -1)
     same = (prompts[::2] == prompts[1::2]).all(axis=1)
     numbers = np.arange(len(mask)).reshape(-1, 2)
-    numbers[:, 1] -= same
+    numbers[same, 1] = numbers[same, 0]
     layout = packing.plan(
         packing.Spans(np.zeros_like(ends), begins, ends),
         np.arange(len(mask)).reshape(S * accumulation, -1),

@@ -138,6 +138,21 @@ def test_logits_are_of_a_chunk_a_micro_batch_and_a_device():
     assert logits(mesh_of(), logprob_chunk=1) is None  # a layer needs more
 
 
+def test_what_fsdp_gathers():
+    """At the logits the table and its gradient, cut by tensor alone."""
+
+    def gathered(mesh, **changes):
+        changes |= {"learning__batch": 16, "sequence_tokens": 40}
+        config = config_of("dpo", model__vocab_size=16 * V, **changes)
+        return preflight.estimate(config, mesh).stages["update"]["gathered weights"]
+
+    table = 16 * V * D
+    assert gathered(mesh_of(data=8)) == 0
+    assert gathered(mesh_of(fsdp=2)) == gathered(mesh_of(fsdp=8)) == table * (4 + 4)
+    assert gathered(mesh_of(fsdp=2, tensor=2)) == table // 2 * (4 + 4)
+    assert gathered(mesh_of(fsdp=2), dtype="bfloat16") == table * (2 + 4)
+
+
 def test_what_a_derivative_keeps():
     """sin keeps cos x; the product keeps x, which is an argument, and sin x."""
     x = jnp.ones((5, 3))

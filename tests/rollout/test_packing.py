@@ -42,6 +42,13 @@ def test_pack_by_hand():
     assert packing.pack(lengths, 10) == [[1], [4, 2], [0, 3], [5]]
 
 
+def test_into_a_given_number_of_rows_by_hand():
+    """9 | 7 | 5 + 4 | 5 + 3, the longest first into the row with most room."""
+    lengths = np.array([5, 9, 3, 5, 7, 4])
+    assert packing.pack_evenly(lengths, 10, 4) == [[1], [4], [0, 5], [3, 2]]
+    assert packing.pack_evenly(lengths, 10, 3) is None
+
+
 def test_every_token_stands_once(transcript):
     """Prompt and response of each row, without the last token, in a segment."""
     layout = jax.device_get(laid_out(transcript))
@@ -98,6 +105,57 @@ def test_right_padded_rows_by_hand():
     assert layout.targets[0, 0].tolist() == [1, 2, 4, -1]
     assert layout.places[0][0, 1:3].tolist() == [0, 1]
     assert layout.places[0][1, 0] == 2
+
+
+def test_shared_prompts_take_no_more_places():
+    """Prompts short and responses long: a pair together may pack worse than apart."""
+    rng = np.random.default_rng(0)
+    fewer = 0
+    for _ in range(50):
+        prompts = rng.integers(4, 11, 16).repeat(2)
+        ends = prompts + rng.integers(10, 119, 32)
+        spans = packing.Spans(np.zeros(32, int), prompts, ends)
+        static = {"width": 128, "responses": 127, "shards": 2}
+        batches = rng.permutation(32).reshape(2, 16)
+        apart, shared = (
+            packing.plan(spans, batches, prompts=numbers, **static)
+            for numbers in (None, np.arange(32) // 2)
+        )
+        assert shared.tokens.size <= apart.tokens.size
+        fewer += shared.tokens.size < apart.tokens.size
+        real = np.zeros((2, 16), int)
+        for batch, layout in enumerate(shared.targets):
+            of_rows, counts = np.unique(layout[layout >= 0] // 127, return_counts=True)
+            real[batch, of_rows] = counts
+        np.testing.assert_array_equal(real, (ends - prompts)[batches])
+    assert fewer > 0
+
+
+def test_each_shard_has_its_part():
+    """A group of 8 over 8 shards: not all of its responses fall to one of them."""
+    spans = packing.Spans(*(np.full(16, x) for x in (0, 15, 17)))
+    plan = lambda shards: packing.plan(
+        *(spans, np.arange(16)[None, :]),
+        width=17,
+        responses=2,
+        shards=shards,
+        prompts=np.arange(16) // 8,
+    )
+    assert plan(1).tokens.shape == (1, 2, 32)  # 17 + 7 * 2, and even
+    on_eight = plan(8)
+    assert on_eight.tokens.shape == (1, 8, 17)
+    assert ((on_eight.targets[0] >= 0).sum(axis=1) == 4).all()
+
+
+def test_chunks_have_as_many_logits():
+    """16 tokens of each of 8 rows, over one shard and over four; all at once."""
+    shape = jax.ShapeDtypeStruct
+    layout = packing.Layout(*[shape((1, 24), jnp.int32)] * 6)
+    assert packing.chunk_size(layout, 16, 8) == 128
+    of_four = layout._replace(states=shape((4, 24), jnp.int32))
+    assert packing.chunk_size(of_four, 16, 8) == 32
+    assert packing.chunk_size(layout, None, 8) is None
+    assert packing.chunk_size(None, 16, 8) == 16
 
 
 @pytest.mark.parametrize("spans", [([0], [0], [2]), ([0], [2], [2]), ([0], [1], [3])])

@@ -83,7 +83,7 @@ def test_kill_and_the_same_command_again(world, straight, alone, tmp_path):
 @pytest.mark.parametrize("packing", [True, False])
 def test_eight_devices_and_one_agree(world, run, tmp_path, packing):
     """After 12 steps, at a calm learning rate: larger ones make rounding grow."""
-    calm = {"optimizer__lr": 3e-4, "total_phases": 3}
+    calm = {"optimizer__lr": 3e-4, "total_phases": 3, "grpo__accumulation": 2}
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     split["grpo__packing"] = packing
     run(world.grpo_config(tmp_path / "one", **calm))

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
@@ -102,6 +102,13 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     sizes = _fill_sizes((data, fsdp, tensor), len(devices))
     return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(
+    devices: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> AbstractMesh:
+    """The mesh of so many devices, which need not be there; see `make_mesh`."""
+    return AbstractMesh(_fill_sizes((data, fsdp, tensor), devices), AXES)
 
 
 def _told(sizes: Sequence[int]) -> str:

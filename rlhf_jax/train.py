@@ -12,7 +12,7 @@ import functools
 import importlib
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -126,17 +126,22 @@ def _sentence(message: object) -> str:
     return " ".join(" ".join(told).split())
 
 
-def main() -> None:
-    """The command line."""
+def run_with_config(command: Callable[[Callable[[], ConfigDict]], None]) -> None:
+    """Runs a command that is given a function to read the flag --config with."""
     config = config_flags.DEFINE_config_file("config", None, "The config file.")
     flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
+    run_command(lambda: command(lambda: _loaded(config)), parse=_parse)
 
-    def command() -> None:
+
+def main() -> None:
+    """The command line."""
+
+    def command(read_config: Callable[[], ConfigDict]) -> None:
         with joined():
-            train(_loaded(config))
+            train(read_config())
 
-    run_command(command, parse=_parse)
+    run_with_config(command)
 
 
 if __name__ == "__main__":

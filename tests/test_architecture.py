@@ -31,7 +31,7 @@ LAYERS = [
     {"evaluation", "analysis"},
     {"trainers"},
     # command lines
-    {"train", "pipeline", "evaluate", "analyze", "explore", "export", "serve"},
+    {"train", "pipeline", "evaluate", "analyze", "explore", "export", "serve", "plan"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what the files of the algorithms share; every other file of trainers/ is an algorithm

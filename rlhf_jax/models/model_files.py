@@ -34,8 +34,11 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
 
-def find_model(source: str | Path) -> Path:
-    """The directory of a model: `source` itself, or the hub's files in the cache."""
+def find_model(source: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a model: `source` itself, or the hub's files in the cache.
+
+    Without `weights` config.json alone is fetched.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -46,7 +49,7 @@ def find_model(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["config.json", "*.safetensors", INDEX]
+        files = ["config.json", *(["*.safetensors", INDEX] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client's errors share no base class
         raise UserError(

@@ -150,14 +150,22 @@ def _divides(config: ConfigDict, mesh: Any) -> bool:
     return whole and rows % parts == 0 and rows // parts % ways_of(mesh) == 0
 
 
-def rows(config: ConfigDict, mesh: Any) -> list[tuple[str, str]]:
-    """The estimate as lines of the printed plan."""
-    found, available = estimate(config, mesh), capacity(mesh)
+def rows(
+    config: ConfigDict, mesh: Any, available: int | None
+) -> tuple[list[tuple[str, str]], str | None]:
+    """The estimate as lines of the printed plan, and the advice if it is too much.
+
+    Args:
+      config: the run's.
+      mesh: its devices, or how many there are to be.
+      available: bytes of each; None if that is not known.
+    """
+    found = estimate(config, mesh)
     mb = lambda size: f"{size / 1e6:,.1f} MB"
     room = "" if available is None else f" of {mb(available)}"
     told = [("memory", f"{mb(found.total)} a device{room}, most in the {found.stage}")]
     for kinds in (found.resident, found.stages[found.stage]):
         told += [(f"  {kind}", mb(size)) for kind, size in kinds.items() if size]
-    if available is not None and found.total > available:
-        told.append(("  too much", advise(config, mesh, available)))
-    return told
+    if available is None or found.total <= available:
+        return told, None
+    return told, advise(config, mesh, available)

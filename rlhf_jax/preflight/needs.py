@@ -3,10 +3,10 @@
 An estimate is a function of the config and the mesh alone: shapes are traced, nothing
 is loaded, compiled or run. What lives all through the run (weights, reference, critic,
 reward models, optimizer) is counted leaf by leaf as `sharding` lays it out. On top of
-that comes the stage that needs most: sampling, the update, or the rewards. What the
-update keeps for the backward pass is what JAX's own derivative keeps, of the share of
-the model that one device computes: a config with that part of the heads, the width and
-the vocabulary, on that part of the rows.
+that comes the stage that needs most, sampling or the update. What the update keeps for
+the backward pass is what JAX's own derivative keeps, of the share of the model that one
+device computes: a config with that part of the heads, the width and the vocabulary, on
+that part of the rows. All else is measured on no more rows at a time.
 
 Dimension key: B rows on one device, T tokens of a row, P of them prompt, N response,
 L layers, D model width, F feed-forward width, H heads, V vocabulary.
@@ -75,8 +75,6 @@ def estimate(config: ConfigDict, mesh: Any) -> Estimate:
     shape = model_shape(config.model, config)
     held = _held(config, shape, mesh)
     stages = {"update": _update(config, shape, held, mesh)}
-    if config.algorithm in ONLINE:
-        stages["log-probabilities"] = _assess(config, shape, mesh)
     if "rollout" in config:
         stages["rollout"] = _rollout(config, shape, held["weights"], mesh)
     resident = {k: v for k, v in held.items() if k != "trained" and v}
@@ -86,9 +84,8 @@ def estimate(config: ConfigDict, mesh: Any) -> Estimate:
 def model_shape(source: Any, config: ConfigDict) -> TransformerConfig:
     """The shape of `config.model` or of a critic's source; reads config.json alone."""
     if isinstance(source, str):
-        source = read_config(
-            find_model(loading.BUILTIN.get(source) or run_files.exported(source))
-        )
+        place = loading.BUILTIN.get(source) or run_files.exported(source)
+        source = read_config(find_model(place, weights=False))
     else:
         source = source.to_dict()
     noise = {name: config.get(name, 0.0) for name in ("dropout", "neftune_alpha")}
@@ -310,19 +307,6 @@ def _gathered(
 
 def _itemsize(config: ConfigDict) -> int:
     return jnp.dtype(config.dtype).itemsize
-
-
-def _assess(config: ConfigDict, shape: TransformerConfig, mesh: Any) -> dict[str, int]:
-    """Log-probabilities of all responses of a phase at once, without a backward pass.
-
-    A layer then holds about half of what it would keep.
-    """
-    share, rows = _share(shape, mesh), -(-phase_rows(config) // ways_of(mesh))
-    _, tokens, learned = batch_of(config, mesh)
-    logits = _logits(config, share, rows, learned)
-    layer = rows * _layer_of_row(share, config.dtype, tokens) / 2
-    name = "logits" if logits > layer else "one layer's forward pass"
-    return {name: int(max(logits, layer))}
 
 
 def _rollout(

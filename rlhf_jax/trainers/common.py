@@ -102,7 +102,10 @@ def print_plan(
     if mesh.size > 1:
         for row in sharding.plan(next(iter(models.values())), mesh):
             rows.append((f"  {row.path}", f"{row.shape}: {row.spec}"))
-    rows += preflight.rows(config, mesh)
+    needed, advice = preflight.rows(config, mesh, preflight.capacity(mesh))
+    rows += needed
+    if advice is not None:
+        rows.append(("  too much", advice))
     progress.show_plan(console, f"rlhf_jax {config.algorithm}", rows)
 
 

@@ -42,6 +42,11 @@ def rows_per_phase(config: ConfigDict) -> int:
     return config.rollout.prompts * config.rollout.get("group", 1)
 
 
+def micro_batches(learning: ConfigDict) -> int:
+    """Into how many parts a phase's rows are cut, to be looked at one by one."""
+    return learning.minibatches * learning.accumulation
+
+
 def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> None:
     """Raises a `UserError` unless a phase's rows divide into equal micro-batches."""
     batch, group = config.rollout.prompts, config.rollout.get("group", 1)
@@ -49,7 +54,7 @@ def check_minibatches(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> N
     if group > 1:
         told += f" x group={group}"
     sharding.check_batch("config.rollout.prompts", batch, mesh)
-    parts = learning.minibatches * learning.accumulation
+    parts = micro_batches(learning)
     if min(learning.minibatches, learning.accumulation) < 1 or rows % parts:
         raise UserError(
             f"{told} must be a multiple of minibatches="
@@ -88,11 +93,13 @@ def make_order(config: ConfigDict, learning: ConfigDict, mesh: Mesh) -> Callable
     return order
 
 
-def pack_whole(transcript: Transcript, mesh: Mesh, *, group: int) -> Transcript:
-    """The transcript with a layout that packs all of its rows, a prompt a group."""
-    whole = np.arange(len(transcript.mask))[None, :]
-    layout = packing.plan_transcript(transcript, whole, group=group)
-    layout = jax.tree.map(lambda x: x[0], layout)
+def pack_whole(
+    transcript: Transcript, mesh: Mesh, *, group: int, parts: int
+) -> Transcript:
+    """The transcript with a layout of all its rows, in order, in equal parts."""
+    batches = np.arange(len(transcript.mask)).reshape(parts, -1)
+    layout = packing.plan_transcript(transcript, batches, group=group)
+    layout = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layout)
     return transcript._replace(layout=sharding.to_devices(layout, sharding.rows(mesh)))
 
 

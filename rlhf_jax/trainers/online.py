@@ -24,7 +24,7 @@ from rlhf_jax.rewards.safety import build_filter, find_unsafe
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout.generate import Responses
 from rlhf_jax.rollout.logprobs import Scored, Transcript, score_responses
-from rlhf_jax.trainers.minibatches import pack_whole, rows_per_phase
+from rlhf_jax.trainers.minibatches import micro_batches, pack_whole, rows_per_phase
 
 FIELDS = {
     "reward/mean": "reward {:+.3f}",
@@ -161,18 +161,32 @@ def make_measure(
     With `rollout.reuse_logprobs` the sampler's log-probabilities are taken for the
     policy's, which saves a forward pass, and their mean for the entropy. `values_of`
     gets the critic, the transcript and the policy's forward pass, if there is one.
+
+    As many rows are measured at a time as the update learns from at a time.
     """
     policy_logprobs = make_policy_logprobs(model, config)
     reuse = config.rollout.reuse_logprobs
+    parts = micro_batches(config[config.algorithm])
 
     @jax.jit
     def measure(policy, reference, transcript: Transcript, samples, critic=None):
-        learner = None if reuse else policy_logprobs(policy, transcript)
-        ref_logprobs = policy_logprobs(reference, transcript).logprobs
-        values = values_of and values_of(critic, transcript, learner)
-        if learner is None:
-            return Measured(samples.logprobs, ref_logprobs, -samples.logprobs, values)
-        return Measured(learner.logprobs, ref_logprobs, learner.entropy, values)
+        def measure_part(rows):
+            transcript, sampled = rows
+            learner = None if reuse else policy_logprobs(policy, transcript)
+            ref_logprobs = policy_logprobs(reference, transcript).logprobs
+            values = values_of and values_of(critic, transcript, learner)
+            if learner is None:
+                return Measured(sampled, ref_logprobs, -sampled, values)
+            return Measured(learner.logprobs, ref_logprobs, learner.entropy, values)
+
+        def cut(x):
+            return sharding.constrain(
+                x.reshape(parts, -1, *x.shape[1:]), None, sharding.BATCH
+            )
+
+        rows = jax.tree.map(cut, (transcript, samples.logprobs))
+        measured = jax.lax.map(measure_part, rows)
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), measured)
 
     return measure
 
@@ -199,9 +213,11 @@ def policy_metrics(measured: Measured, samples: Responses) -> dict[str, jax.Arra
 
 def lay_out(config: ConfigDict, mesh: Mesh, transcript: Transcript) -> Transcript:
     """The transcript, packed if the algorithm's `packing` asks for it."""
-    if not config[config.algorithm].packing:
+    learning = config[config.algorithm]
+    if not learning.packing:
         return transcript
-    return pack_whole(transcript, mesh, group=config.rollout.get("group", 1))
+    parts, group = micro_batches(learning), config.rollout.get("group", 1)
+    return pack_whole(transcript, mesh, group=group, parts=parts)
 
 
 class Seconds(NamedTuple):

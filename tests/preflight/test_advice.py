@@ -81,9 +81,10 @@ def test_the_devices_of_a_cpu_share_its_memory():
 
 def test_the_lines_add_up():
     config, mesh = config_of("grpo"), sharding.make_mesh()
-    (name, told), *kinds = preflight.rows(config, mesh)
+    available = preflight.capacity(mesh)
+    ((name, told), *kinds), advice = preflight.rows(config, mesh, available)
     total = needed(config, mesh)
-    assert name == "memory"
+    assert name == "memory" and advice is None
     assert told.startswith(f"{total / 1e6:,.1f} MB a device of ")
     sizes = [float(size.removesuffix(" MB").replace(",", "")) for _, size in kinds]
     assert sum(sizes) == pytest.approx(total / 1e6, abs=0.06 * len(sizes))

@@ -88,6 +88,23 @@ def assess(kept=EVERY, scores=SCORES, **changes):
     return jax.device_get(grpo.make_assess(config)(measured, *given))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_measured_part_by_part(parts, reuse):
+    changes = {"grpo__accumulation": parts, "rollout__reuse_logprobs": reuse}
+    measure = online.make_measure(BIGRAMS, make_config(**changes))
+    got = measure(WEIGHTS, REFERENCE, TRANSCRIPT, SAMPLES)
+    logprobs, entropy = (SAMPLED, -SAMPLED) if reuse else say(WEIGHTS)
+    for found, want in [
+        (got.logprobs, logprobs),
+        (got.ref_logprobs, say(REFERENCE)[0]),
+        (got.entropy, entropy),
+    ]:
+        np.testing.assert_allclose(
+            np.where(MASK, found, 0), np.where(MASK, want, 0), atol=1e-5
+        )
+
+
 def whitened(tokens):
     """Of the real tokens of the batch, in a list of rows."""
     every = [x for row in tokens for x in row]

@@ -263,16 +263,21 @@ def _update(
 
     The layers' backward pass takes the memory of the logits once they are gone. With
     remat it needs what one layer keeps, else about 0.7 of that, for what was kept is
-    freed meanwhile.
+    freed meanwhile. A critic's backward pass does not wait for the policy's.
     """
     rows, tokens, learned = batch_of(config, mesh)
+
+    def passes(share: TransformerConfig) -> tuple[float, float]:
+        """What a forward pass keeps, and what a layer's backward pass needs."""
+        kept = _kept_of_row(share, config.dtype, _remat(config), tokens)
+        layer = _layer_of_row(share, config.dtype, tokens)
+        return rows * kept, rows * layer * (1.0 if config.remat else 0.7)
+
     share = _share(shape, mesh)
-    kept = rows * _kept_of_row(share, config.dtype, _remat(config), tokens)
-    layer = rows * _layer_of_row(share, config.dtype, tokens)
-    layer *= 1.0 if config.remat else 0.7
+    kept, layer = passes(share)
+    of_critic = 0.0
     if config.algorithm == "ppo" and not config.critic.shared:
-        other = _share(_critic_shape(config, shape), mesh)
-        kept += rows * _kept_of_row(other, config.dtype, _remat(config), tokens)
+        of_critic = sum(passes(_share(_critic_shape(config, shape), mesh)))
     logits = _logits(config, share, rows, learned)
     learning = config.get(config.algorithm, config.get("learning"))
     accumulates = learning.get("accumulation", 1) > 1 or (
@@ -284,6 +289,7 @@ def _update(
     return {
         "gradients": (2 if accumulates else 1) * held["trained"],
         "activations kept": int(kept),
+        "critic's activations": int(of_critic),
         name: int(logits if at_logits else layer),
         "gathered weights": table if at_logits else layers,
     }

@@ -2,7 +2,8 @@
 
     python -m rlhf_jax.plan --config=configs/grpo.py
     python -m rlhf_jax.plan --config=configs/grpo.py --config.model=Qwen/Qwen3-8B \\
-        --config.mesh.fsdp=8 --config.dtype=bfloat16 --devices=8 --gib=80
+        --config.mesh.fsdp=8 --config.dtype=bfloat16 --devices=8 --gib=60 \\
+        --platform=gpu
 
 Shapes alone are looked at: of a model on the hub only config.json is fetched, and no
 program is compiled. A run that does not fit is an error that says what to change.
@@ -19,7 +20,13 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.train import run_with_config
 
 
-def plan(config: ConfigDict, *, devices: int | None, gib: float | None) -> None:
+def plan(
+    config: ConfigDict,
+    *,
+    devices: int | None = None,
+    gib: float | None = None,
+    platform: str | None = None,
+) -> None:
     """Prints the plan; the flags of the command line say what the arguments are.
 
     Raises:
@@ -33,7 +40,7 @@ def plan(config: ConfigDict, *, devices: int | None, gib: float | None) -> None:
     if not gib and not devices:
         available = preflight.capacity(sharding.make_mesh(**config.mesh))
     sizes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    rows, advice = preflight.rows(config, mesh, available)
+    rows, advice = preflight.rows(config, mesh, available, platform)
     console = progress.make_console()
     title = f"rlhf_jax {config.algorithm}"
     progress.show_plan(console, title, [("mesh", sizes), *rows])
@@ -44,11 +51,19 @@ def plan(config: ConfigDict, *, devices: int | None, gib: float | None) -> None:
 def main() -> None:
     """The command line."""
     flags.DEFINE_integer("devices", None, "How many; by default those here.", 1)
-    flags.DEFINE_float("gib", None, "Memory of each; by default of those here.", 0)
+    flags.DEFINE_float(
+        "gib",
+        None,
+        "Memory of each that JAX may take, of a GPU three quarters unless "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; by default of those here.",
+        0,
+    )
+    platforms = ["cpu", "gpu", "tpu"]
+    flags.DEFINE_enum("platform", None, platforms, "By default of those here.")
 
     def command(read_config: Callable[[], ConfigDict]) -> None:
-        given = flags.FLAGS
-        plan(read_config(), devices=given.devices, gib=given.gib)
+        given = {name: flags.FLAGS[name].value for name in plan.__kwdefaults__}
+        plan(read_config(), **given)
 
     run_with_config(command)
 

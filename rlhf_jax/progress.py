@@ -197,10 +197,10 @@ def _make_clock(total: int, first: int) -> Callable[[int], str]:
         if phase > before:
             paces.append((now - then) / (phase - before))
             before, then = phase, now
-        if not paces or phase >= total:
-            return ""
         # The first phase compiles; the last few tell what is to come.
-        recent = paces[1:][-20:] or paces
+        recent = paces[1:][-20:]
+        if not recent or phase >= total:
+            return ""
         seconds = (total - phase) * sum(recent) / len(recent)
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 

@@ -299,7 +299,7 @@ def _check_same(files: RunFiles, new: dict, may_change: Sequence[str]) -> None:
             f"{path} is not a configuration ({error}); choose another workdir, or "
             f"delete {path.parent} to start afresh"
         ) from error
-    begun = files.metrics.exists() or files.checkpoints.exists()
+    begun = files.metrics.exists() or any(files.checkpoints.glob("[0-9]*"))
     if "algorithm" in old and not begun:
         return
     now = dict(_leaves(new))

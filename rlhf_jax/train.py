@@ -10,6 +10,7 @@ The same command again goes on where a stopped run was, bit for bit.
 
 import functools
 import importlib
+import pathlib
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -107,12 +108,17 @@ def _loaded(config) -> ConfigDict:
     """The config of the flag; an unreadable file is reported only when it is asked."""
     try:
         found = config.value
+        if found is None:
+            raise UserError("give --config=configs/ppo.py, or another config file")
         if not isinstance(found.get("algorithm"), str):
             raise UserError(
                 "the config file sets no algorithm; "
                 f"take one of {', '.join(ALGORITHMS)}"
             )
     except OSError as error:
+        path = pathlib.Path(flags.FLAGS["config"].config_filename.partition(":")[0])
+        if not path.exists():
+            raise UserError(f"there is no config file {path}") from error
         raise UserError(
             f"the config file cannot be read: {_sentence(error.__cause__ or error)}"
         ) from error
@@ -129,7 +135,6 @@ def _sentence(message: object) -> str:
 def run_with_config(command: Callable[[Callable[[], ConfigDict]], None]) -> None:
     """Runs a command that is given a function to read the flag --config with."""
     config = config_flags.DEFINE_config_file("config", None, "The config file.")
-    flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
     run_command(lambda: command(lambda: _loaded(config)), parse=_parse)
 

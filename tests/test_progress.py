@@ -48,7 +48,7 @@ def test_plain_lines(monkeypatch):
     bar.update(60, ROW)
     bar.close()
     assert shown(console) == (
-        "phase 11/60  reward +0.412  kl 2.31  1,240 tok/s  0:24:30 left\n"
+        "phase 11/60  reward +0.412  kl 2.31  1,240 tok/s\n"
         "phase 12/60  kl nan  0:01:36 left\n"
         "phase 60/60  reward +0.412  kl 2.31  1,240 tok/s\n"
     )

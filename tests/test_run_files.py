@@ -46,6 +46,7 @@ def test_the_same_config_goes_on(tmp_path):
 
 def test_a_try_before_the_first_phase_binds_nobody(tmp_path):
     files = make_run(tmp_path)
+    files.checkpoints.mkdir()  # as a run does that then fails in its first phase
     other = CONFIG | {"seed": 1}
     run_files.open_run(files.workdir, other)
     assert json.loads(files.config.read_text()) == other

@@ -64,6 +64,11 @@ def test_setting_without_a_config_file():
     assert "--config.seed needs the config file" in line
 
 
+def test_no_config_file():
+    assert "give --config=configs/ppo.py" in complaint()
+    assert "there is no config file nope.py" in complaint("--config=nope.py")
+
+
 def test_value_of_another_type():
     line = complaint(PPO, "--config.total_phases=many")
     assert "total_phases" in line

@@ -44,7 +44,10 @@ def find_model(source: str | Path, *, weights: bool = True) -> Path:
         return path
     name = str(source)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name} is not a model directory.")
+        raise UserError(
+            f"{name} is not a model directory: give one with a config.json and "
+            "*.safetensors, or a hub id as owner/name."
+        )
     # Imported here: only a hub id needs it, and it is slow to load.
     from huggingface_hub import snapshot_download
 

@@ -20,6 +20,8 @@ from rlhf_jax.preflight.needs import (
     ways_of,
 )
 
+TO_FILL = 0.9  # of a device, by what is advised: a plan may be some percent too low
+
 
 def capacity(mesh: Any) -> int | None:
     """Bytes that each local device has; of a CPU its part of the memory that is free.
@@ -41,13 +43,15 @@ def capacity(mesh: Any) -> int | None:
     return (free + int(own) * os.sysconf("SC_PAGE_SIZE")) // len(devices)
 
 
-def advise(config: ConfigDict, mesh: Any, available: int) -> str | None:
+def advise(
+    config: ConfigDict, mesh: Any, available: int, platform: str | None = None
+) -> str | None:
     """A sentence for a run that needs more than is available, None for one that fits.
 
-    It names the smallest change after which the run fits, found by trying: one setting
-    or axis of the mesh, else two.
+    It names the smallest change after which the run fits with a tenth to spare, found
+    by trying: one setting or axis of the mesh, else two.
     """
-    needed = estimate(config, mesh).total
+    needed = estimate(config, mesh, platform).total
     if needed <= available:
         return None
     gib = lambda size: f"{size / 2**30:.2f} GiB"
@@ -65,8 +69,8 @@ def advise(config: ConfigDict, mesh: Any, available: int) -> str | None:
         changed, other_mesh = _apply_change(config, mesh, change)
         if not _divides(changed, other_mesh):
             continue
-        left = estimate(changed, other_mesh).total
-        if left <= available:
+        left = estimate(changed, other_mesh, platform).total
+        if left <= TO_FILL * available:
             flags = " ".join(
                 f"--config.{k}=" + ("''" if v == "" else str(v))
                 for k, v in change.items()
@@ -151,7 +155,7 @@ def _divides(config: ConfigDict, mesh: Any) -> bool:
 
 
 def rows(
-    config: ConfigDict, mesh: Any, available: int | None
+    config: ConfigDict, mesh: Any, available: int | None, platform: str | None = None
 ) -> tuple[list[tuple[str, str]], str | None]:
     """The estimate as lines of the printed plan, and the advice if it is too much.
 
@@ -159,8 +163,9 @@ def rows(
       config: the run's.
       mesh: its devices, or how many there are to be.
       available: bytes of each; None if that is not known.
+      platform: of the devices, as in `estimate`.
     """
-    found = estimate(config, mesh)
+    found = estimate(config, mesh, platform)
     mb = lambda size: f"{size / 1e6:,.1f} MB"
     room = "" if available is None else f" of {mb(available)}"
     told = [("memory", f"{mb(found.total)} a device{room}, most in the {found.stage}")]
@@ -168,4 +173,4 @@ def rows(
         told += [(f"  {kind}", mb(size)) for kind, size in kinds.items() if size]
     if available is None or found.total <= available:
         return told, None
-    return told, advise(config, mesh, available)
+    return told, advise(config, mesh, available, platform)

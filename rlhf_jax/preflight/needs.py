@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import loading, run_files, sharding, trainable
 from rlhf_jax.models import lora
+from rlhf_jax.models.attention import Context, fused_kind
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.families import FAMILIES, config_from_hf
 from rlhf_jax.models.model_files import (
@@ -65,16 +66,19 @@ class Estimate(NamedTuple):
         return sum(self.resident.values()) + sum(largest)
 
 
-def estimate(config: ConfigDict, mesh: Any) -> Estimate:
+def estimate(config: ConfigDict, mesh: Any, platform: str | None = None) -> Estimate:
     """What a run of this config needs on each device of this mesh.
 
     Args:
       config: of PPO, GRPO, DPO, SFT or a reward or cost model.
       mesh: a `Mesh` or an `AbstractMesh` with the axes of `sharding`.
+      platform: "cpu", "gpu" or "tpu", which decides on fused attention; None for that
+        of the devices here.
     """
+    platform = platform or jax.default_backend()
     shape = model_shape(config.model, config)
     held = _held(config, shape, mesh)
-    stages = {"update": _update(config, shape, held, mesh)}
+    stages = {"update": _update(config, shape, held, mesh, platform)}
     if "rollout" in config:
         stages["rollout"] = _rollout(config, shape, held["weights"], mesh)
     resident = {k: v for k, v in held.items() if k != "trained" and v}
@@ -211,28 +215,46 @@ def _logits(config: ConfigDict, shape: TransformerConfig, rows: int, tokens: int
 # What a backward pass keeps.
 
 
-def _kept(function: Any, *arguments: Any) -> int:
-    """Bytes that the derivative of a function keeps beside the function's arguments."""
+def _kept(function: Any, *arguments: Any, but: Any = lambda shape: False) -> int:
+    """Bytes that the derivative of a function keeps beside the function's arguments.
+
+    Arrays of which `but(shape)` is true are left out.
+    """
     residuals = lambda *x: jax.tree.leaves(jax.vjp(function, *x)[1])
     traced = jax.make_jaxpr(residuals)(*arguments).jaxpr
     known = set(traced.invars) | set(traced.constvars)
     made = {v for v in traced.outvars if isinstance(v, Var)} - known
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in made)
+    return sum(
+        math.prod(v.aval.shape) * v.aval.dtype.itemsize
+        for v in made
+        if not but(v.aval.shape)
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def _kept_of_row(
-    shape: TransformerConfig, dtype: str, remat: str | None, tokens: int
+    shape: TransformerConfig,
+    dtype: str,
+    remat: str | None,
+    tokens: int,
+    platform: str,
 ) -> float:
     """Bytes that a row of a forward pass leaves for the backward pass.
 
-    `remat` is what is not recomputed, or None if nothing is recomputed.
+    `remat` is what is not recomputed, or None if nothing is recomputed. Where attention
+    is fused on the platform, its scores [..., H, T, T] are not kept.
     """
+    query = jax.ShapeDtypeStruct(
+        (1, tokens, shape.num_heads, shape.head_dim), jnp.dtype(dtype)
+    )
+    masked = Context(None, None, allowed=query, segments=query)
+    fused = fused_kind(query, masked, shape.attention_softcap, platform)
+    is_scores = lambda of: fused and len(of) > 4 and of[-2:] == (tokens, tokens)
     how = {"remat": remat is not None, "remat_keeps": remat or ""}
     model, rows = make_model(shape, dtype=dtype, **how), 8
     params = _params(shape)
     ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
-    return _kept(lambda p: _apply(model, p, ids), params) / rows
+    return _kept(lambda p: _apply(model, p, ids), params, but=is_scores) / rows
 
 
 def _remat(config: ConfigDict) -> str | None:
@@ -244,10 +266,14 @@ def _apply(model: Model, params: Any, ids: jax.ShapeDtypeStruct) -> jax.Array:
     return model.apply(params, zeros, zeros + 1)
 
 
-def _layer_of_row(shape: TransformerConfig, dtype: str, tokens: int) -> float:
+def _layer_of_row(
+    shape: TransformerConfig, dtype: str, tokens: int, platform: str
+) -> float:
     """The same of one layer alone that is not recomputed."""
     one, two = (
-        _kept_of_row(dataclasses.replace(shape, num_layers=count), dtype, None, tokens)
+        _kept_of_row(
+            dataclasses.replace(shape, num_layers=count), dtype, None, tokens, platform
+        )
         for count in (1, 2)
     )
     return two - one
@@ -257,7 +283,7 @@ def _layer_of_row(shape: TransformerConfig, dtype: str, tokens: int) -> float:
 
 
 def _update(
-    config: ConfigDict, shape: TransformerConfig, held: dict, mesh: Any
+    config: ConfigDict, shape: TransformerConfig, held: dict, mesh: Any, platform: str
 ) -> dict[str, int]:
     """Gradients and activations of a micro-batch.
 
@@ -269,8 +295,8 @@ def _update(
 
     def passes(share: TransformerConfig) -> tuple[float, float]:
         """What a forward pass keeps, and what a layer's backward pass needs."""
-        kept = _kept_of_row(share, config.dtype, _remat(config), tokens)
-        layer = _layer_of_row(share, config.dtype, tokens)
+        kept = _kept_of_row(share, config.dtype, _remat(config), tokens, platform)
+        layer = _layer_of_row(share, config.dtype, tokens, platform)
         return rows * kept, rows * layer * (1.0 if config.remat else 0.7)
 
     share = _share(shape, mesh)

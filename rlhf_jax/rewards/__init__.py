@@ -29,6 +29,7 @@ import importlib
 import math
 import os
 import pathlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -297,6 +298,16 @@ def _find_function(name: str, source: str, options: Mapping[str, Any]) -> Score:
     return found
 
 
+def _place_of(error: Exception) -> str:
+    """Where a reward went wrong: its own last line, not one of a library it calls."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    if not frames:
+        return ""
+    last = (own or frames)[-1]
+    return f", in line {last.lineno} of {last.filename}"
+
+
 def _checked(
     reward: Reward,
     prompts: Sequence[str],
@@ -310,7 +321,8 @@ def _checked(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{who} raised {type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"{who} raised {told}{_place_of(error)}") from error
     details = {}
     if isinstance(scores, Detailed):
         scores, details = scores

@@ -138,6 +138,23 @@ def test_logits_are_of_a_chunk_a_micro_batch_and_a_device():
     assert logits(mesh_of(), logprob_chunk=1) is None  # a layer needs more
 
 
+def test_fused_attention_keeps_no_scores():
+    """[8, 60, 60] float32 for each of 16 rows: with bfloat16 on GPUs cuDNN has none."""
+
+    def needed(platform, dtype):
+        settings = {"learning__batch": 16, "sequence_tokens": 60, "remat": False}
+        config = config_of("sft", dtype=dtype, logprob_chunk=1, **settings)
+        update = preflight.estimate(config, mesh_of(), platform).stages["update"]
+        return update["activations kept"]
+
+    assert needed("gpu", "float32") == needed("cpu", "float32")
+    assert needed("tpu", "bfloat16") == needed(
+        "cpu", "bfloat16"
+    )  # it takes 128 or more
+    scores = needed("cpu", "bfloat16") - needed("gpu", "bfloat16")
+    assert scores >= L * 16 * 8 * 60 * 60 * 4
+
+
 def test_what_fsdp_gathers():
     """At the logits the table and its gradient, cut by tensor alone."""
 
@@ -167,7 +184,7 @@ def test_remat_keeps_the_stream_alone():
     deeper = config_from_hf(LLAMA | {"num_hidden_layers": L + 2})
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         per_row = [
-            needs._kept_of_row(found, dtype, "", 32) for found in (shape, deeper)
+            needs._kept_of_row(found, dtype, "", 32, "cpu") for found in (shape, deeper)
         ]
         assert per_row[1] - per_row[0] == 2 * size * 32 * D
 

@@ -42,6 +42,9 @@ def changes_its_input(prompts, responses, **columns):
 def raises(prompts, responses, **columns):
     raise KeyError("mood")
 
+def raises_in_numpy(prompts, responses, **columns):
+    return np.stack([np.zeros(2), np.zeros(3)])
+
 def gives_nan(prompts, responses, **columns):
     return [0.0, float("nan"), float("inf")]
 
@@ -199,7 +202,8 @@ def test_a_directory_that_is_no_model(mesh, tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("raises", "raised KeyError: 'mood'"),
+        ("raises", r"raised KeyError: 'mood', in line \d+ of .*my_scores\.py$"),
+        ("raises_in_numpy", r"raised ValueError: .*, in line \d+ of .*my_scores\.py$"),
         ("gives_nan", r"gave nan for response 1 of 3 \(2 not finite\): ' is'"),
         ("gives_none", r"gave nan for response 2 of 3 \(1 not finite\): ''"),
         ("forgets_to_return", r"gave scores of shape \(\) for 3 responses"),

@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
                 "steps_per_phase": 19,
                 "accumulation": 1,  # micro-batches of a batch
                 # Several responses a row, and a pair's prompt once: faster where
-                # lengths differ or prompts are long, once some ten shapes are compiled.
+                # lengths differ or prompts are long, once ten to twenty shapes are
+                # compiled.
                 "packing": False,
             },
             "dpo": {

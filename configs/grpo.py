@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
                 "minibatches": 2,
                 "accumulation": 1,
                 # Several responses a row, and their prompt once: faster where lengths
-                # differ or prompts are long, once some ten shapes are compiled.
+                # differ or prompts are long, once ten to twenty shapes are compiled.
                 "packing": False,
                 "clip_low": 0.2,
                 "clip_high": 0.2,

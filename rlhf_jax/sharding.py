@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -281,6 +281,22 @@ def batch_shards() -> int:
     """Into how many pieces rows are cut under the mesh of `jax.set_mesh`; 1 without."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in BATCH)
+
+
+def by_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
+    """What a function gives for equal parts of the rows, one after the other.
+
+    Args:
+      function: of part of the rows, [B / parts, ...], to arrays [B / parts, ...].
+      rows: arrays [B, ...]; each device works on each part.
+      parts: a divisor of B.
+
+    Returns:
+      Arrays [B, ...].
+    """
+    cut = lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), None, BATCH)
+    found = jax.lax.map(function, jax.tree.map(cut, rows))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 def to_devices(tree: Any, sharding: NamedSharding) -> Any:

@@ -8,12 +8,14 @@ Every setting of the file can be given on the command line as `--config.<name>=<
 The same command again goes on where a stopped run was, bit for bit.
 """
 
+import contextlib
 import functools
 import importlib
 import pathlib
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -34,24 +36,20 @@ ALGORITHMS = {
 }
 
 
-def train(config: ConfigDict) -> None:
-    """Runs the algorithm that `config.algorithm` names.
+@contextlib.contextmanager
+def algorithm_of(config: ConfigDict) -> Iterator[Any]:
+    """The module of the algorithm; what it looks for in vain in the config is told.
 
     Raises:
-      UserError: the config, the files it names or the machine do not allow it.
+      UserError: there is no such algorithm, or the config lacks one of its settings.
     """
     if config.algorithm not in ALGORITHMS:
         raise UserError(
             f"config.algorithm={config.algorithm!r} is unknown; "
             f"take one of {', '.join(ALGORITHMS)}"
         )
-    compiled = compilations.watch()
     try:
-        run = importlib.import_module(ALGORITHMS[config.algorithm]).run
-        if config.algorithm == "pipeline":
-            run = functools.partial(run, train=train)  # of its stages
-        run(config)
-        progress.say(progress.make_console(), f"{compiled.report()}")
+        yield importlib.import_module(ALGORITHMS[config.algorithm])
     except AttributeError as error:
         *_, last = traceback.walk_tb(error.__traceback__)
         if "ml_collections" not in last[0].f_code.co_filename:
@@ -60,8 +58,21 @@ def train(config: ConfigDict) -> None:
             f"the config has no setting {_quoted(error)[0]!r}, which "
             f"{config.algorithm} needs: see its file in configs/"
         ) from error
-    finally:
-        compiled.close()
+
+
+def train(config: ConfigDict) -> None:
+    """Runs the algorithm that `config.algorithm` names.
+
+    Raises:
+      UserError: the config, the files it names or the machine do not allow it.
+    """
+    with algorithm_of(config) as algorithm:
+        run = algorithm.run
+        if config.algorithm == "pipeline":
+            run = functools.partial(run, train=train)  # of its stages
+        with contextlib.closing(compilations.watch()) as compiled:
+            run(config)
+            progress.say(progress.make_console(), f"{compiled.report()}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -133,7 +144,10 @@ def _sentence(message: object) -> str:
 
 
 def run_with_config(command: Callable[[Callable[[], ConfigDict]], None]) -> None:
-    """Runs a command that is given a function to read the flag --config with."""
+    """Runs a command that is given a function to read the flag --config with.
+
+    It may first join other hosts, so that all of them end if the file is wrong.
+    """
     config = config_flags.DEFINE_config_file("config", None, "The config file.")
     logging.set_verbosity(logging.WARNING)
     run_command(lambda: command(lambda: _loaded(config)), parse=_parse)

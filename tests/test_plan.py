@@ -39,6 +39,7 @@ def big(tmp_path):
 def config_of(model, **mesh):
     config = grpo.get_config()
     config.model, config.dtype = str(model), "bfloat16"
+    config.rollout.prompts = 128
     config.mesh.update(mesh)
     return config
 
@@ -74,6 +75,47 @@ def test_a_pipeline_is_several_runs():
         plan.plan(pipeline.get_config(), devices=8, gib=80)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("rollout.prompts", 12, "config.rollout.prompts=12 x group=8"),
+        ("grpo.variant", "gpro", "config.grpo.variant='gpro' is unknown"),
+        ("algorithm", "gpro", "config.algorithm='gpro' is unknown"),
+    ],
+)
+def test_what_training_refuses(big, name, value, sentence):
+    config = config_of(big, fsdp=64)
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan.plan(config, devices=64)
+
+
+def test_a_setting_that_is_missing(big):
+    config = config_of(big)
+    with config.unlocked():
+        del config.lora
+    with pytest.raises(UserError, match="the config has no setting 'lora'"):
+        plan.plan(config, devices=8)
+
+
+def test_of_a_model_on_the_hub_the_config_alone_is_fetched(big, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(big)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    config = config_of("someone/language-model", fsdp=8)
+    config.rewards.human.source = "someone/reward-model"
+    plan.plan(config, devices=8)
+    assert {name for name, _ in asked} == {
+        "someone/language-model",
+        "someone/reward-model",
+    }
+    assert all(patterns == ["config.json"] for _, patterns in asked)
+
+
 def test_the_command(big):
     command = [sys.executable, "-m", "rlhf_jax.plan", "--config=configs/grpo.py"]
     run = lambda *flags: subprocess.run(
@@ -82,8 +124,8 @@ def test_the_command(big):
         capture_output=True,
         text=True,
     )
-    fits = run("--config.mesh.fsdp=64", "--devices=64", "--gib=80")
-    assert fits.returncode == 0 and "rlhf_jax grpo" in fits.stdout
+    fits = run("--config.mesh.fsdp=8", "--devices=8", "--gib=80", "--platform=gpu")
+    assert fits.returncode == 0 and "rlhf_jax grpo" in fits.stdout, fits.stderr
     wrong = run("--config.mesh.fsdp=3", "--devices=64")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: mesh data=-1 x fsdp=3")

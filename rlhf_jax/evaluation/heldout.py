@@ -22,6 +22,7 @@ def make_heldout(
     prompts: Prompts,
     *,
     batch: int,
+    parts: int = 1,
     seed: int,
     key: jax.Array,
     temperature: float,
@@ -40,6 +41,7 @@ def make_heldout(
       prompts: the held-out prompts.
       seed: of the run, for the rows.
       batch: rows a call; the last call is filled up with repeated prompts.
+      parts: into how many of them a call's rows are cut for the log-probabilities.
       key: the evaluation's own key.
       temperature: the sampler's; 0 compares at temperature 1.
       chunk_size: see `score_responses`.
@@ -53,16 +55,12 @@ def make_heldout(
 
     @jax.jit
     def sequence_kl(params, reference, transcript):
-        speak = lambda params: (
-            score_responses(
-                model,
-                params,
-                transcript,
-                temperature=temperature or 1.0,
-                chunk_size=chunk_size,
-            ).logprobs
-        )
-        return (speak(params) - speak(reference)).sum(axis=1)
+        def speak(params, rows):
+            static = {"temperature": temperature or 1.0, "chunk_size": chunk_size}
+            return score_responses(model, params, rows, **static).logprobs
+
+        kl_of = lambda rows: (speak(params, rows) - speak(reference, rows)).sum(axis=1)
+        return sharding.by_parts(kl_of, transcript, parts)
 
     def evaluate(params, reference):
         rows, count = [], len(prompts.texts)

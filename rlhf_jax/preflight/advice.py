@@ -20,7 +20,9 @@ from rlhf_jax.preflight.needs import (
     ways_of,
 )
 
-TO_FILL = 0.9  # of a device, by what is advised: a plan may be some percent too low
+ADVISED_FILL = (
+    0.9  # of a device, by what is advised: a plan may be some percent too low
+)
 
 
 def capacity(mesh: Any) -> int | None:
@@ -70,7 +72,7 @@ def advise(
         if not _divides(changed, other_mesh):
             continue
         left = estimate(changed, other_mesh, platform).total
-        if left <= TO_FILL * available:
+        if left <= ADVISED_FILL * available:
             flags = " ".join(
                 f"--config.{k}=" + ("''" if v == "" else str(v))
                 for k, v in change.items()
@@ -78,9 +80,9 @@ def advise(
             return f"{told}give {flags}, with which it is {gib(left)}"
         smallest = min(smallest, left)
     return (
-        f"{told}no one or two settings are enough ({gib(smallest)} at the least), so "
-        "take more devices and a larger config.mesh.fsdp, a smaller model, or an "
-        "adapter (config.lora.rank)"
+        f"{told}no one or two settings are enough with a tenth to spare "
+        f"({gib(smallest)} at the least), so take more devices and a larger "
+        "config.mesh.fsdp, a smaller model, or an adapter (config.lora.rank)"
     )
 
 

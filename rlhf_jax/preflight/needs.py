@@ -6,7 +6,7 @@ reward models, optimizer) is counted leaf by leaf as `sharding` lays it out. On 
 that comes the stage that needs most, sampling or the update. What the update keeps for
 the backward pass is what JAX's own derivative keeps, of the share of the model that one
 device computes: a config with that part of the heads, the width and the vocabulary, on
-that part of the rows. All else is measured on no more rows at a time.
+that part of the rows. No other pass of PPO and GRPO is over more rows at a time.
 
 Dimension key: B rows on one device, T tokens of a row, P of them prompt, N response,
 L layers, D model width, F feed-forward width, H heads, V vocabulary.
@@ -160,11 +160,12 @@ def _reward_bytes(source: Any, mesh: Any) -> int:
     place = loading.BUILTIN.get(source) or run_files.exported(source)
     if not pathlib.Path(place).expanduser().is_dir() and not is_hub_id(place):
         return 0
-    folder = find_model(place)
-    if read_config(folder).get("model_type") in FAMILIES:
-        shape = config_from_hf(read_config(folder))
-        return _laid_out(_params(shape, head=True), mesh)
-    tensors = open_tensors(folder).values()  # a classifier, in float32 on each device
+    settings = read_config(find_model(place, weights=False))
+    if settings.get("model_type") in FAMILIES:
+        return _laid_out(_params(config_from_hf(settings), head=True), mesh)
+    tensors = open_tensors(
+        find_model(place)
+    ).values()  # a classifier, in float32 on each device
     return sum(4 * math.prod(tensor.shape) for tensor in tensors)
 
 
@@ -244,17 +245,27 @@ def _kept_of_row(
     `remat` is what is not recomputed, or None if nothing is recomputed. Where attention
     is fused on the platform, its scores [..., H, T, T] are not kept.
     """
-    query = jax.ShapeDtypeStruct(
-        (1, tokens, shape.num_heads, shape.head_dim), jnp.dtype(dtype)
-    )
-    masked = Context(None, None, allowed=query, segments=query)
-    fused = fused_kind(query, masked, shape.attention_softcap, platform)
+    fused = _is_fused(shape, dtype, tokens, platform)
     is_scores = lambda of: fused and len(of) > 4 and of[-2:] == (tokens, tokens)
     how = {"remat": remat is not None, "remat_keeps": remat or ""}
     model, rows = make_model(shape, dtype=dtype, **how), 8
     params = _params(shape)
     ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
     return _kept(lambda p: _apply(model, p, ids), params, but=is_scores) / rows
+
+
+def _is_fused(shape: TransformerConfig, dtype: str, tokens: int, platform: str) -> bool:
+    """Whether attention is fused; False where queries have the shape of scores."""
+    if tokens == shape.head_dim:
+        return False
+    # As many rows and heads as the mesh of `jax.set_mesh` divides.
+    heads = shape.num_heads * jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    query = jax.ShapeDtypeStruct(
+        (sharding.batch_shards(), tokens, heads, shape.head_dim), jnp.dtype(dtype)
+    )
+    masked = Context(None, None, allowed=query, segments=query)
+    kind = fused_kind(query, masked, shape.attention_softcap, platform)
+    return kind is not None
 
 
 def _remat(config: ConfigDict) -> str | None:
@@ -303,19 +314,20 @@ def _update(
     kept, layer = passes(share)
     of_critic = 0.0
     if config.algorithm == "ppo" and not config.critic.shared:
-        of_critic = sum(passes(_share(_critic_shape(config, shape), mesh)))
+        critic = _share(_critic_shape(config, shape), mesh)
+        of_critic = sum(passes(critic)) + _gathered(config, critic, mesh)[1]
     logits = _logits(config, share, rows, learned)
     learning = config.get(config.algorithm, config.get("learning"))
     accumulates = learning.get("accumulation", 1) > 1 or (
         "learning" in config and config.learning.get("accumulation", 1) > 1
     )
     table, layers = _gathered(config, share, mesh)
-    at_logits = logits + table > layer + layers
+    at_logits = logits > 0 and logits + table > layer + layers
     name = "logits" if at_logits else "one layer's backward pass"
     return {
         "gradients": (2 if accumulates else 1) * held["trained"],
         "activations kept": int(kept),
-        "critic's activations": int(of_critic),
+        "critic's backward pass": int(of_critic),
         name: int(logits if at_logits else layer),
         "gathered weights": table if at_logits else layers,
     }

@@ -299,13 +299,10 @@ def _find_function(name: str, source: str, options: Mapping[str, Any]) -> Score:
 
 
 def _place_of(error: Exception) -> str:
-    """Where a reward went wrong: its own last line, not one of a library it calls."""
+    """Where a reward went wrong: the last line in the file of its function."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
-    own = [frame for frame in frames if "site-packages" not in frame.filename]
-    if not frames:
-        return ""
-    last = (own or frames)[-1]
-    return f", in line {last.lineno} of {last.filename}"
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f", in line {own[-1].lineno} of {own[-1].filename}" if own else ""
 
 
 def _checked(

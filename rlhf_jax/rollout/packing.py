@@ -7,7 +7,7 @@ stands once, they follow one after the other, and none sees another. Log-probabi
 come back as [B, N], so that a loss is the same with and without.
 
 Rows are rounded up to an eighth, and states to a quarter, of what they would be without
-packing: a run meets about ten shapes, and each is compiled once.
+packing: a run meets ten to twenty shapes, and each is compiled once.
 
 Dimension key: B transcripts of W tokens, N of them responses or what may be one, at the
 end; R packed rows of X tokens, cut over Z shards of the mesh; C states of a shard that
@@ -80,7 +80,10 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 def pack_evenly(
     lengths: np.ndarray, capacity: int, count: int
 ) -> list[list[int]] | None:
-    """As `pack`, but into that many rows, and into the one with most room; or None."""
+    """Items into `count` rows, the longest first, each into the row with most room.
+
+    None if one does not fit.
+    """
     rows: list[list[int]] = [[] for _ in range(count)]
     room = np.full(count, capacity)
     for item in np.argsort(-lengths, kind="stable"):
@@ -209,7 +212,7 @@ def _choose_rows(
     B = len(batches[0].start)
     longest = max(int((batch.end - batch.response).max()) for batch in batches)
     longest = min(_round_up(longest, width, parts=4), responses)
-    # No more, or a shard would have the responses of others.
+    # A longer segment would leave other shards idle.
     together = min(max(map(len, itertools.chain(*alike))), max(1, B // shards))
     room_for = min(together, 1 + width // longest)
     wider = width + (room_for - 1) * longest
@@ -221,10 +224,8 @@ def _choose_rows(
         # cuDNN's backward pass wants even lengths with a mask.
         choices.append((WORTH_WIDENING, wider + wider % 2, alike))
     best = None
-    for worth, wide, numbers in choices:
-        segments = [
-            _segments(*batch, wide, together) for batch in zip(batches, numbers)
-        ]
+    for worth, wide, groups in choices:
+        segments = [_segments(*batch, wide, together) for batch in zip(batches, groups)]
         needed = max(len(pack(sizes, wide)) for _, sizes in segments)
         without = -(-B * width // wide)
         count = _round_up(needed, without, parts=8, multiple=shards)
@@ -276,13 +277,12 @@ def _fill(
     rows: list[list[np.ndarray]], spans: Spans, width: int, layout: Layout
 ) -> Layout:
     """Writes one batch into an empty layout."""
-    per_shard = len(layout.tokens) // len(layout.states)
     for shard, mine in enumerate(_dealt(rows, len(layout.states))):
         state = 0
         for row, segments in enumerate(mine):
             column = 0
             for number, items in enumerate(segments, start=1):
-                place = _Place(shard, row, shard * per_shard + row, column, state)
+                place = _Place(shard, row, column, state)
                 column, state = _fill_segment(
                     number, items, spans, width, layout, place
                 )
@@ -294,7 +294,6 @@ class _Place(NamedTuple):
 
     shard: int
     row: int  # of the shard
-    r: int  # of all
     column: int
     state: int
 
@@ -308,7 +307,8 @@ def _fill_segment(
     place: _Place,
 ) -> tuple[int, int]:
     """Writes a prompt and its responses; the column and the state after them."""
-    shard, row, r, column, state = place
+    shard, row, column, state = place
+    r = shard * (len(layout.tokens) // len(layout.states)) + row
     X, C, N = layout.tokens.shape[1], layout.states.shape[1], layout.places.shape[1]
     start, response = spans.start[items[0]], spans.response[items[0]]
     prompt = slice(column, column + response - start)

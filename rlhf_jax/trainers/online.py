@@ -179,14 +179,8 @@ def make_measure(
                 return Measured(sampled, ref_logprobs, -sampled, values)
             return Measured(learner.logprobs, ref_logprobs, learner.entropy, values)
 
-        def cut(x):
-            return sharding.constrain(
-                x.reshape(parts, -1, *x.shape[1:]), None, sharding.BATCH
-            )
-
-        rows = jax.tree.map(cut, (transcript, samples.logprobs))
-        measured = jax.lax.map(measure_part, rows)
-        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), measured)
+        rows = transcript, samples.logprobs
+        return sharding.by_parts(measure_part, rows, parts)
 
     return measure
 
@@ -383,6 +377,7 @@ def make_evaluation(
     heldout: Prompts,
 ) -> Callable:
     """Builds `evaluate(params, reference) -> (metrics, rows)` on held-out prompts."""
+    learning = config.get(config.algorithm, {})
     return make_heldout(
         model,
         sample,
@@ -391,6 +386,7 @@ def make_evaluation(
         seed=config.seed,
         key=keys.branch_key(config.seed, keys.HELDOUT, 0),
         batch=rows_per_phase(config),
+        parts=micro_batches(learning) if "minibatches" in learning else 1,
         temperature=config.rollout.temperature,
         chunk_size=config.logprob_chunk or None,
         rewards=rewards,

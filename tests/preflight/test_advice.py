@@ -49,7 +49,7 @@ def test_the_advice_is_enough(algorithm, mesh, share, changes, want):
     assert list(given) == want
     fsdp = given.get("mesh.fsdp", 1)
     sizes = {"data": mesh.shape["data"] // fsdp, "fsdp": fsdp}
-    assert needed(changed, mesh_of(**sizes)) <= available
+    assert needed(changed, mesh_of(**sizes)) <= 0.9 * available
 
 
 def test_recomputing_is_named_where_it_is_off():

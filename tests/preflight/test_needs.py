@@ -148,11 +148,34 @@ def test_fused_attention_keeps_no_scores():
         return update["activations kept"]
 
     assert needed("gpu", "float32") == needed("cpu", "float32")
-    assert needed("tpu", "bfloat16") == needed(
-        "cpu", "bfloat16"
-    )  # it takes 128 or more
     scores = needed("cpu", "bfloat16") - needed("gpu", "bfloat16")
     assert scores >= L * 16 * 8 * 60 * 60 * 4
+    assert needed("tpu", "bfloat16") == needed(
+        "cpu", "bfloat16"
+    )  # not below 128 tokens
+
+
+def test_on_tpus_the_mesh_of_a_run_changes_nothing():
+    config = config_of("sft", learning__batch=16, sequence_tokens=128, dtype="bfloat16")
+    config.remat = False
+    here = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    total = lambda: preflight.estimate(config, here, "tpu").total
+    alone = total()
+    needs._kept_of_row.cache_clear()
+    with jax.set_mesh(here):
+        assert total() == alone
+    assert alone < preflight.estimate(config, here, "cpu").total
+
+
+def test_a_critic_learns_beside_the_policy():
+    """Which it is as large as; on a shared trunk there is none."""
+    beside = lambda **how: preflight.estimate(
+        config_of("ppo", logprob_chunk=1, **how), mesh_of()
+    ).stages["update"]
+    apart, shared = beside(), beside(critic__shared=True)
+    own = shared["activations kept"] + shared["one layer's backward pass"]
+    assert apart["critic's backward pass"] == pytest.approx(own, abs=2)
+    assert not shared["critic's backward pass"]
 
 
 def test_what_fsdp_gathers():

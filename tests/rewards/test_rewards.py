@@ -18,6 +18,8 @@ from rlhf_jax.rewards import (
 from rlhf_jax.rewards.ensemble import Detailed
 
 MODULE = """
+import json
+
 import numpy as np
 
 ANSWER = 42
@@ -42,8 +44,8 @@ def changes_its_input(prompts, responses, **columns):
 def raises(prompts, responses, **columns):
     raise KeyError("mood")
 
-def raises_in_numpy(prompts, responses, **columns):
-    return np.stack([np.zeros(2), np.zeros(3)])
+def raises_in_json(prompts, responses, **columns):
+    return json.loads("{")
 
 def gives_nan(prompts, responses, **columns):
     return [0.0, float("nan"), float("inf")]
@@ -203,7 +205,10 @@ def test_a_directory_that_is_no_model(mesh, tmp_path):
     ("function", "message"),
     [
         ("raises", r"raised KeyError: 'mood', in line \d+ of .*my_scores\.py$"),
-        ("raises_in_numpy", r"raised ValueError: .*, in line \d+ of .*my_scores\.py$"),
+        (
+            "raises_in_json",
+            r"raised JSONDecodeError: .*, in line \d+ of .*my_scores\.py$",
+        ),
         ("gives_nan", r"gave nan for response 1 of 3 \(2 not finite\): ' is'"),
         ("gives_none", r"gave nan for response 2 of 3 \(1 not finite\): ''"),
         ("forgets_to_return", r"gave scores of shape \(\) for 3 responses"),

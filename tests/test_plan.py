@@ -78,7 +78,11 @@ def test_a_pipeline_is_several_runs():
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("rollout.prompts", 12, "config.rollout.prompts=12 x group=8"),
+        (
+            "rollout.prompts",
+            12,
+            "config.rollout.prompts=12 does not divide over the 64",
+        ),
         ("grpo.variant", "gpro", "config.grpo.variant='gpro' is unknown"),
         ("algorithm", "gpro", "config.algorithm='gpro' is unknown"),
     ],

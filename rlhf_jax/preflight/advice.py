@@ -20,9 +20,8 @@ from rlhf_jax.preflight.needs import (
     ways_of,
 )
 
-ADVISED_FILL = (
-    0.9  # of a device, by what is advised: a plan may be some percent too low
-)
+# Of a device, by what is advised: a plan may be some percent too low.
+ADVISED_FILL = 0.9
 
 
 def capacity(mesh: Any) -> int | None:

@@ -163,9 +163,8 @@ def _reward_bytes(source: Any, mesh: Any) -> int:
     settings = read_config(find_model(place, weights=False))
     if settings.get("model_type") in FAMILIES:
         return _laid_out(_params(config_from_hf(settings), head=True), mesh)
-    tensors = open_tensors(
-        find_model(place)
-    ).values()  # a classifier, in float32 on each device
+    # A classifier, in float32 on each device.
+    tensors = open_tensors(find_model(place)).values()
     return sum(4 * math.prod(tensor.shape) for tensor in tensors)
 
 
